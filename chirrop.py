@@ -1,0 +1,3070 @@
+#!/usr/bin/env python3
+"""chirrop: the Python SDK of ChirrOp in one file, standard library only, Python 3.9 and later.
+
+    import chirrop
+
+    with chirrop.new_client(api_key="chp_...") as client:
+        client.log(chirrop.Log(event="tool.errors.count", value=1, agent="billing"))
+
+An event:  Log -> encode -> buffer (memory or SqliteSpool) -> sender -> transport -> ChirrOp
+A query:   Client.list_events() -> Client.request() -> transport -> ChirrOp
+
+At any moment every accepted log is delivered, dropped (reported, with its reason) or still held.
+
+Outside itself this file touches, each in the one place named:
+    network   _UrllibTransport; Sandbox server and `doctor` when they are asked for
+    threads   _Sender, daemon, started by the first log
+    disk      SqliteSpool, when one is configured; ./.env is read for the key
+    environ   Config (CHIRROP_*); urllib's and OpenSSL's own variables; the command line's NO_COLOR and COLUMNS
+    exit      one atexit hook and one after-fork hook, installed with the first Client
+    logging   the logger "chirrop", to which no handler is added
+
+Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
+outbox, sender, transport, Client, global API, Sandbox, command line. Search for "# ---- ".
+
+To vendor: copy this file anywhere in your package. To update: replace it with a newer one and compare
+__version__. Licence: MIT, the text is at the end of the file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections import deque, namedtuple
+from datetime import datetime, timedelta, timezone
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Sandbox", "Stats",
+    "new_client", "initialize", "log_event", "flush", "stop",
+    "ChirrOpError", "ChirrOpValidationError", "ChirrOpQueueFullError", "ChirrOpTransportError",
+    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError", "ChirrOpBadRequestError",
+    "ChirrOpUnauthorizedError", "ChirrOpForbiddenError", "ChirrOpNotFoundError",
+    "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError", "__version__",
+]  # fmt: skip
+
+# ---- Constants and vocabularies -------------------------------------------
+# Type checkers take TYPE_CHECKING for true; at run time nothing of typing is imported.
+
+TYPE_CHECKING = False
+
+MAX_BATCH = 250  # logs in one request: the service's hard limit
+MAX_META_BYTES = 1024  # of encoded JSON: the service's limit
+MAX_META_KEYS = 10  # top-level keys of an object: the service's limit
+MAX_AGE_SECONDS = 30 * 86400.0  # of occurred_at: the service's limit
+MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
+MAX_ANSWER_BYTES = 16 * 1024 * 1024  # far above any real answer; keeps a wrong host from filling memory
+MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
+MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
+MAX_SERVICER_WAIT = 30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
+BACKOFF_BASE = 1.0  # seconds: the widest wait after the first failure, doubled with each further one
+BACKOFF_CAP = 30.0  # seconds
+MAX_IDLE_SECONDS = 50.0  # of a kept connection: below the 60 s after which common load balancers close it
+REPORT_SECONDS = 60.0  # between two log records about drops, so that a storm makes a handful of them
+SPOOL_RETRY_SECONDS = 30.0  # between two tries of a spool file that failed
+DEFAULT_API_ENDPOINT = "https://logs.chirrop.com/v1.0/logs"
+DEFAULT_SERVICER_ENDPOINT = "https://api.chirrop.com/v1.0"
+NOTSET = 0  # logging.NOTSET, without importing logging
+
+_PERIODS = ("minute", "hour", "day")
+_VIEWS = ("window",)
+_PREVIOUS = ("previous_window", "previous_1d", "previous_7d", "previous_1m")
+_ANALYTICS_PAIRS = {
+    "1h": _PREVIOUS,
+    "1d": ("previous_window", "previous_7d", "previous_1m"),
+    "7d": ("previous_window", "previous_1m"),
+    "1m": ("previous_window",),
+}
+_WINDOWS = tuple(_ANALYTICS_PAIRS)
+_AGGREGATES = ("sum", "count", "average", "min", "max", "p95_est", "p99_est")
+_CONDITIONS = ("gt", "lt", "eq", "gte", "lte")
+_SEVERITIES = ("info", "warning", "error", "critical")
+_CHANNELS = ("slack", "discord", "telegram", "email", "webhook")
+_ALERT_STATUSES = ("triggered", "acknowledged", "resolved", "archived")
+_DELIVERY_KINDS = ("alert", "test", "all")
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
+
+    Period = Literal["minute", "hour", "day"]
+    View = Literal["window"]
+    Window = Literal["1h", "1d", "7d", "1m"]
+    Previous = Literal["previous_window", "previous_1d", "previous_7d", "previous_1m"]
+    Aggregate = Literal["sum", "count", "average", "min", "max", "p95_est", "p99_est"]
+    Condition = Literal["gt", "lt", "eq", "gte", "lte"]
+    Severity = Literal["info", "warning", "error", "critical"]
+    Channel = Literal["slack", "discord", "telegram", "email", "webhook"]
+    AlertStatus = Literal["triggered", "acknowledged", "resolved", "archived"]
+    DeliveryKind = Literal["alert", "test", "all"]
+
+    class Event(TypedDict, total=False):
+        event_id: str
+        event: str
+        agent: str
+        title: str
+        description: str
+        unit: str
+        timezone: str
+        public: bool
+        share_token: str
+        user_id: str
+        created_at: str
+
+    class Rollup(TypedDict, total=False):
+        event_id: str
+        agent: str
+        event: str
+        period: Period
+        occurred_at: str
+        count: int
+        value: float
+        squares: float
+        min: float
+        max: float
+
+    class AnalyticsData(TypedDict, total=False):
+        current_value: float
+        current_count: int
+        previous_value: float
+        previous_count: int
+        value_delta: float
+        count_delta: int
+        value_pct_change: Optional[float]
+        count_pct_change: Optional[float]
+        current_mean: Optional[float]
+        previous_mean: Optional[float]
+        mean_delta: Optional[float]
+        mean_pct_change: Optional[float]
+        current_stddev: Optional[float]
+        previous_stddev: Optional[float]
+
+    class Analytics(TypedDict, total=False):
+        event_id: str
+        view: View
+        period: Window
+        previous: Previous
+        data: Optional[AnalyticsData]
+
+    class Policy(TypedDict, total=False):
+        policy_id: str
+        event_id: str
+        title: str
+        description: str
+        channel: str
+        period: Period
+        aggregate: Aggregate
+        condition: Condition
+        threshold: float
+        severity: Severity
+        enabled: bool
+
+    class Alert(TypedDict, total=False):
+        alert_id: str
+        policy_id: str
+        event_id: str
+        agent: str
+        event: str
+        title: str
+        channel: str
+        period: Period
+        aggregate: Aggregate
+        condition: Condition
+        threshold: float
+        severity: Severity
+        status: AlertStatus
+        value: float
+        count: int
+        min: float
+        max: float
+        triggered_at: str
+        acknowledged_at: Optional[str]
+        resolved_at: Optional[str]
+
+    class Delivery(TypedDict, total=False):
+        attempt_id: str
+        alert_id: str
+        destination_id: str
+        channel: Channel
+        target: str
+        status: Literal["sent", "failed"]
+        response_status: Optional[int]
+        error_message: Optional[str]
+        created_at: str
+
+    class Destination(TypedDict, total=False):
+        destination_id: str
+        channel: Channel
+        url: str
+        credentials: dict[str, Any]
+        scope: str
+        policy_ids: list[str]
+        enabled: bool
+        created_at: str
+        updated_at: str
+        last_delivered_at: Optional[str]
+        last_error: Optional[str]
+
+    class TestResult(TypedDict, total=False):
+        alert_id: str
+        destination_id: str
+        status: str
+
+    # One attempt, no retries: transport(method, url, body, headers, timeout) -> (status, body, headers).
+    # Any status is returned; a network failure is raised as an OSError.
+    Transport = Callable[
+        [str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]
+    ]
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# ---- Errors ---------------------------------------------------------------
+# ChirrOpError
+#   ChirrOpValidationError (also ValueError)    ChirrOpQueueFullError
+#   ChirrOpTransportError (no answer)           ChirrOpRateLimitError (429)
+#   ChirrOpServerError (other retryable 5xx, 408)
+#   ChirrOpNonRetryableError
+#     ChirrOpBadRequestError (400, 413, 422)    ChirrOpUnauthorizedError (401)
+#     ChirrOpForbiddenError (403)               ChirrOpNotFoundError (404)
+#     ChirrOpInternalServerError (500)          ChirrOpServiceUnavailableError (503)
+
+
+class ChirrOpError(Exception):
+    """Base of every error of this module; `str()` is for people and never holds the key.
+
+    Attributes:
+        status_code: HTTP status, 0 when there was no answer.
+        body: the answer's parsed JSON, its text where it is not JSON, or None.
+        retry_after: seconds the server asked to wait, or None.
+    """
+
+    def __init__(
+        self, message: str = "", *, status_code: int = 0, body: Any = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.body = body
+        self.retry_after = retry_after
+
+
+class ChirrOpValidationError(ChirrOpError, ValueError):
+    """An argument breaks a rule; the message names it, the rule and what was given."""
+
+
+class ChirrOpQueueFullError(ChirrOpError):
+    """The bounded queue or the spool has no room; the log was not accepted."""
+
+
+class ChirrOpTransportError(ChirrOpError):
+    """No valid answer came: refused, reset, timed out, or not HTTP (status 0)."""
+
+
+class ChirrOpRateLimitError(ChirrOpError):
+    """The server asks for fewer requests (429); see `retry_after`."""
+
+
+class ChirrOpServerError(ChirrOpError):
+    """A failure on the way or in the server that another attempt may mend (408, 502, 504, other 5xx)."""
+
+
+class ChirrOpNonRetryableError(ChirrOpError):
+    """The server's answer is final, whatever the number of attempts; also every redirect (3xx)."""
+
+
+class ChirrOpBadRequestError(ChirrOpNonRetryableError):
+    """The server rejects the content (400, 413, 422)."""
+
+
+class ChirrOpUnauthorizedError(ChirrOpNonRetryableError):
+    """The API key is missing or wrong (401)."""
+
+
+class ChirrOpForbiddenError(ChirrOpNonRetryableError):
+    """The API key may not do this (403)."""
+
+
+class ChirrOpNotFoundError(ChirrOpNonRetryableError):
+    """There is no such resource or route (404)."""
+
+
+class ChirrOpInternalServerError(ChirrOpNonRetryableError):
+    """The server failed on this request (500)."""
+
+
+class ChirrOpServiceUnavailableError(ChirrOpNonRetryableError):
+    """The service's publisher queue is overloaded (503)."""
+
+
+_ERROR_BY_STATUS: dict[int, type[ChirrOpError]] = {
+    0: ChirrOpTransportError,
+    400: ChirrOpBadRequestError,
+    401: ChirrOpUnauthorizedError,
+    403: ChirrOpForbiddenError,
+    404: ChirrOpNotFoundError,
+    408: ChirrOpServerError,
+    413: ChirrOpBadRequestError,
+    422: ChirrOpBadRequestError,
+    429: ChirrOpRateLimitError,
+    500: ChirrOpInternalServerError,
+    503: ChirrOpServiceUnavailableError,
+}
+
+
+def _show(value: object) -> str:
+    """Return a short repr for an error message, whatever `value`'s own repr does."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__} without a repr>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _without_frames(exc: BaseException) -> BaseException:
+    """Clear the tracebacks of an exception chain: their frames hold the request's headers."""
+    link: BaseException | None = exc
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return exc
+
+
+# ---- Log ------------------------------------------------------------------
+# In: what the caller measured. Out: one compact UTF-8 JSON object, made and checked in the caller's
+# stack; from here on only these bytes travel. No locks, no I/O.
+
+_encode_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
+_NOT_MINTED: tuple[int, str, list[str]] = (-1, "", [])
+_minted = _NOT_MINTED  # (second, its ISO text, random hex not used yet); replaced as a whole, never edited
+
+
+def _mint(now: float) -> tuple[str, str]:
+    """Return a random UUIDv4 and the ISO 8601 text of `now`.
+
+    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so it is
+    asked for a block. A block lives for one wall-clock second at most, which keeps a restored snapshot
+    from repeating ids, and is thrown away in a forked child. uuid.uuid4 would add a third to a log's cost.
+    """
+    global _minted
+    second = int(now)
+    while True:
+        minted_in, text, block = _minted
+        if minted_in == second and block:
+            try:
+                h = block.pop()
+                break
+            except IndexError:  # another thread took the last one
+                continue
+        if minted_in != second:
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        digits = os.urandom(1024).hex()
+        _minted = (second, text, [digits[i : i + 32] for i in range(0, 2048, 32)])
+    log_id = f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{_VARIANT[h[16]]}{h[17:20]}-{h[20:]}"
+    return log_id, f"{text}.{int((now - second) * 1e6):06d}Z"
+
+
+def _number(value: object) -> int | float:
+    """Return any real number (Decimal, Fraction, NumPy scalars) as an int or a float."""
+    import numbers
+
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        try:
+            return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
+        except Exception:  # complex, a signalling NaN, too large, a hostile subclass
+            pass
+    raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
+
+
+def _trimmed(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ChirrOpValidationError(f"{name} must be a string, got {_show(value)}")
+    return str.strip(value)
+
+
+def _canonical_id(log_id: object) -> str:
+    """Return a UUID in its canonical form, or "" for a blank string."""
+    import uuid
+
+    if isinstance(log_id, str):
+        log_id = str.strip(log_id)
+    try:
+        return str(uuid.UUID(str(log_id))) if log_id != "" else ""
+    except Exception as exc:
+        raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
+
+
+def _parse_time(value: object) -> datetime:
+    """Return a datetime, or ISO 8601 text as isoformat, JavaScript and RFC 3339 write it, as aware UTC."""
+    moment = value
+    try:
+        if isinstance(value, str):
+            import re
+
+            match = re.fullmatch(
+                r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?(?:[.,]([0-9]+))?"
+                r"(?:[Zz]|([+-][0-9]{2}):?([0-9]{2}(?::[0-9]{2}(?:\.[0-9]{6})?)?))?",
+                value.strip(),
+            )
+            if match is None:
+                raise ValueError("not an ISO 8601 date and time")
+            day, minute, second, digits, hours, rest = match.groups()
+            fraction = f"{digits or '':0<6.6}"
+            offset = f"{hours}:{rest}" if hours else "+00:00"
+            moment = datetime.fromisoformat(f"{day}T{minute}{second or ':00'}.{fraction}{offset}")
+        if not isinstance(moment, datetime):
+            raise TypeError("neither a datetime nor a string")
+        if moment.utcoffset() is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return moment.astimezone(timezone.utc)
+    except Exception as exc:  # a hostile tzinfo may raise anything
+        raise ChirrOpValidationError(
+            f"occurred_at must be a datetime or ISO 8601 date and time, got {_show(value)}"
+        ) from exc
+
+
+def _iso(moment: datetime) -> str:
+    """Return an aware UTC datetime as ISO 8601 text that ends in Z."""
+    return moment.replace(tzinfo=None).isoformat() + "Z"
+
+
+def _check_time(value: object, now: float) -> str:
+    """Return occurred_at as ISO 8601 text, if the service would take it at `now` (Unix seconds)."""
+    moment = _parse_time(value)
+    if not -MAX_AHEAD_SECONDS <= now - moment.timestamp() <= MAX_AGE_SECONDS:
+        raise ChirrOpValidationError(
+            f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {_show(value)}"
+        )
+    return _iso(moment)
+
+
+def _encode_json(name: str, value: object) -> bytes:
+    """Return strict compact JSON: no NaN, no lone surrogate, no cycle, no absurd nesting."""
+    try:
+        return _encode_text(value).encode()
+    except Exception as exc:  # the value's own methods may raise anything
+        reason = "a value without a message"
+        try:
+            reason = f"{type(exc).__name__}: {exc}"[:200]
+        except Exception:
+            pass
+        raise ChirrOpValidationError(
+            f"{name} must be JSON-encodable, got {type(value).__name__}: {reason}"
+        ) from None
+
+
+def _encode_meta(meta: object) -> str:
+    if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
+        raise ChirrOpValidationError(f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}")
+    try:
+        text = _encode_text(meta)
+    except Exception:
+        text = _encode_json("meta", meta).decode()  # raises, with the reason
+    if len(text) > MAX_META_BYTES // 4:  # a character takes at most 4 bytes
+        size = len(_encode_json("meta", meta))
+        if size > MAX_META_BYTES:
+            raise ChirrOpValidationError(f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}")
+    return text
+
+
+def _encode_log(
+    event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object, now: float
+) -> bytes:
+    """Return the wire form of one log; every rule of the service is checked here.
+
+    `now` (Unix seconds) is the default of occurred_at and the middle of its allowed range.
+    """
+    if type(event) is not str or not (event := event.strip()):
+        event = _trimmed("event", event)
+        if not event:
+            raise ChirrOpValidationError("event must not be empty")
+    if type(value) is not int and type(value) is not float:
+        value = _number(value)
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
+    new_id, at = _mint(now)
+    if log_id is not None:
+        new_id = _canonical_id(log_id) or new_id
+    if occurred_at is not None:
+        at = _check_time(occurred_at, now)
+    text = f'{{"log_id":"{new_id}","event":{_encode_text(event)},"value":{value!r},"occurred_at":"{at}"'
+    if agent is not None and (agent := _trimmed("agent", agent)):
+        text += f',"agent":{_encode_text(agent)}'
+    if meta is not None:
+        text += f',"meta":{_encode_meta(meta)}'
+    try:
+        return f"{text}}}".encode()
+    except UnicodeEncodeError:
+        for name, part in (("event", event), ("agent", agent), ("meta", meta)):
+            _encode_json(name, part)
+        raise
+
+
+def _check_log(fields: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return a log as the wire carries it, checked and with its defaults filled in, as a new dict."""
+    known = (fields.get(k) for k in ("event", "value", "agent", "log_id", "meta", "occurred_at"))
+    log: dict[str, Any] = json.loads(_encode_log(*known, now))
+    return log
+
+
+class Log:
+    """One event, checked and encoded when it is made, and unchangeable from then on.
+
+    Args:
+        event: flat name, e.g. "tool.errors.count"; trimmed, not empty.
+        value: a finite real number, never a bool; Decimal, Fraction and NumPy scalars count as numbers.
+        agent: who produced it; trimmed, blank means none. `agent` + `event` name an event definition.
+        log_id: UUID (text or uuid.UUID), the idempotency key, the same on every resend; None or blank
+            makes a random one.
+        meta: anything that is strictly JSON-encodable, at most 1,024 bytes encoded; an object has at
+            most 10 top-level keys.
+        occurred_at: datetime (naive is taken as UTC) or ISO 8601 text, within the last 30 days and at
+            most 1 day ahead; None is the moment the log is made.
+
+    The arguments can be read back as attributes, in the form in which they are sent.
+
+    Raises:
+        ChirrOpValidationError: names the argument, the rule and what was given.
+    """
+
+    __slots__ = ("_body",)
+    _body: bytes
+
+    def __init__(
+        self,
+        event: str,
+        value: float,
+        agent: str | None = None,
+        log_id: object = None,
+        meta: object = None,
+        occurred_at: datetime | str | None = None,
+    ) -> None:
+        _set_body(self, _encode_log(event, value, agent, log_id, meta, occurred_at, time.time()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the log as it is sent, as a new dict; `agent` and `meta` only if they were given."""
+        log: dict[str, Any] = json.loads(self._body)
+        return log
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("event", "value", "agent", "log_id", "meta", "occurred_at"):
+            return self.to_dict().get(name)
+        raise AttributeError(f"'Log' object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: object = None) -> None:
+        raise AttributeError("a Log cannot be changed")
+
+    __delattr__ = __setattr__
+
+    def __repr__(self) -> str:
+        return f"Log({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._body == other._body if isinstance(other, Log) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._body)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_log, (self._body,)
+
+
+_set_body = Log._body.__set__  # type: ignore[attr-defined]  # past __setattr__, at a third of its cost
+
+
+def _restore_log(body: bytes) -> Log:
+    """Unpickle or copy a Log: its bytes were checked when it was made, and its time may be past by now."""
+    log = Log.__new__(Log)
+    _set_body(log, body)
+    return log
+
+
+# ---- Config ---------------------------------------------------------------
+# In: arguments, the environment, ./.env. Out: checked settings that nobody changes.
+
+
+class _Secret(str):
+    """A string that does not show itself in reprs, nor in tracebacks with locals."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _read_dotenv(name: str, path: str = ".env") -> str | None:
+    """Return one variable from a .env file; None when there is none, whatever the file holds."""
+    found = None
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(1 << 20).splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, equals, value = line.strip().partition("=")
+        words = key.split()
+        if not equals or words[-1:] != [name] or words[:-1] not in ([], ["export"]):
+            continue
+        value = value.strip()
+        if value[:1] in ("'", '"') and value[:1] in value[1:]:
+            found = _Secret(value[1 : value.index(value[0], 1)])
+        else:
+            found = _Secret(value.split(" #")[0].split("\t#")[0].strip())
+    return found
+
+
+def _checked_key(api_key: object) -> _Secret:
+    """Return the key from the argument, the environment or ./.env, in this order."""
+    key = api_key or os.environ.get("CHIRROP_API_KEY") or _read_dotenv("CHIRROP_API_KEY") or ""
+    if not isinstance(key, str):
+        raise ChirrOpValidationError(f"api_key must be a string, got {type(key).__name__}")
+    key = _Secret(key.strip())
+    if not key:
+        raise ChirrOpValidationError("API key is required")
+    if not key.startswith("chp_"):
+        raise ChirrOpValidationError("Invalid API key: must start with 'chp_'")
+    if not all("!" <= c <= "~" for c in key):
+        raise ChirrOpValidationError("Invalid API key: must be printable ASCII without spaces")
+    return key
+
+
+def _checked_endpoint(name: str, value: str | None, variable: str, default: str) -> str:
+    """Return an absolute http(s) URL without user info, query or fragment, and without a final slash."""
+    url = value or os.environ.get(variable) or default
+    if url == default:
+        return url
+    import urllib.parse
+
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0  # reading it also checks that it is a number up to 65535
+            and all("!" <= c <= "~" for c in url)
+            and not (parts.query or parts.fragment or url.endswith(("?", "#")))
+        )
+        if valid and "@" not in parts.netloc:
+            return url.rstrip("/")
+    except (ValueError, TypeError, AttributeError):
+        pass
+    # User info may be a password: only the rule is shown, not the URL.
+    raise ChirrOpValidationError(
+        f"{name} must be an absolute http or https URL without user info, query or fragment"
+    )
+
+
+def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int:
+    if type(value) is not int or not low <= value <= high:
+        rule = f"of at least {low}" if high == sys.maxsize else f"from {low} to {high}"
+        raise ChirrOpValidationError(f"{name} must be an integer {rule}, got {_show(value)}")
+    return value
+
+
+def _seconds(name: str, value: Any, *, zero: bool = True) -> float:
+    """Return a duration of at most a day: longer waits overflow in some of the standard library."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 86400 and (value or zero):
+        return float(value)
+    start = "from 0" if zero else "above 0 and"
+    raise ChirrOpValidationError(f"{name} must be seconds {start} up to 86400, got {_show(value)}")
+
+
+def _choice(name: str, value: object, allowed: Iterable[str]) -> Any:
+    """Return `value` if it is one of a closed vocabulary; nothing has been sent when it is not."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ChirrOpValidationError(f"{name} must be one of {', '.join(allowed)}, got {_show(value)}")
+    return value
+
+
+def _optional(name: str, value: Any, wanted: str, fits: bool) -> Any:
+    if value is not None and not fits:
+        raise ChirrOpValidationError(f"{name} must be {wanted} or None, got {_show(value)}")
+    return value
+
+
+def _checked_level(value: object) -> int:
+    """Return a logging level given as its number or its name."""
+    if isinstance(value, str):
+        import logging
+
+        value = logging.getLevelName(value.strip().upper())
+    return _integer("log_level", value, 0)
+
+
+class Config:
+    """Settings of a client, checked when they are made; no client changes them, so one can serve many.
+
+    Args:
+        api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
+        api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
+        servicer_endpoint: base URL of the control plane; else CHIRROP_SERVICER_ENDPOINT, else the service's.
+        retries: further attempts for a batch before it counts as exhausted, from 0.
+        timeout: seconds for one attempt, from connecting to the answer's last byte; also how long `log`
+            waits for room in a bounded queue. Looking up a host name is beyond any Python program's limit.
+        batch_size: queued logs that start a send at once; a request never carries more than 250.
+        flush_delay: seconds a log may wait for others to share its request.
+        queue_size: logs held at most, in flight included; 0 is no limit.
+        log_level: level of the logger "chirrop", a number or a name; NOTSET leaves it alone.
+        servicer_retries: further attempts of a control-plane call, from 0.
+        on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
+        max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
+        exit_timeout: seconds that all clients together may delay the end of the process, from 0.
+        transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
+        ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
+        spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
+        on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
+            dropped them; what it raises is caught and logged.
+        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1.
+
+    Raises:
+        ChirrOpValidationError: names the setting, the rule and what was given (never the key).
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        api_endpoint: str | None = None,
+        servicer_endpoint: str | None = None,
+        retries: int = 10,
+        timeout: float = 10,
+        batch_size: int = MAX_BATCH,
+        flush_delay: float = 0.5,
+        queue_size: int = 0,
+        log_level: int | str = NOTSET,
+        *,
+        servicer_retries: int = 2,
+        on_exhausted: Literal["keep", "drop"] = "keep",
+        max_senders: int = 4,
+        exit_timeout: float = 5.0,
+        transport: Transport | None = None,
+        ssl_context: Any = None,
+        spool: SqliteSpool | str | os.PathLike[str] | None = None,
+        on_drop: Callable[[list[dict[str, Any]], ChirrOpError], object] | None = None,
+        disabled: bool = False,
+    ) -> None:
+        if isinstance(api_key, str):
+            api_key = _Secret(api_key)  # a traceback with locals may show this frame
+        switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
+        off = bool(disabled) or switch in ("1", "true", "yes", "on")
+        is_path = isinstance(spool, (str, os.PathLike)) and bool(os.fspath(spool))
+        if ssl_context is not None:
+            import ssl
+
+            _optional("ssl_context", ssl_context, "an ssl.SSLContext", isinstance(ssl_context, ssl.SSLContext))
+        self.__dict__.update(
+            api_key=_Secret("") if off and not api_key else _checked_key(api_key),
+            api_endpoint=_checked_endpoint(
+                "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
+            ),
+            servicer_endpoint=_checked_endpoint(
+                "servicer_endpoint", servicer_endpoint, "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT
+            ),
+            retries=_integer("retries", retries, 0),
+            timeout=_seconds("timeout", timeout, zero=False),
+            batch_size=_integer("batch_size", batch_size, 1),
+            flush_delay=_seconds("flush_delay", flush_delay),
+            queue_size=_integer("queue_size", queue_size, 0),
+            log_level=_checked_level(log_level),
+            servicer_retries=_integer("servicer_retries", servicer_retries, 0),
+            on_exhausted=_choice("on_exhausted", on_exhausted, ("keep", "drop")),
+            max_senders=_integer("max_senders", max_senders, 1, 64),
+            exit_timeout=_seconds("exit_timeout", exit_timeout),
+            transport=_optional("transport", transport, "callable", callable(transport)),
+            ssl_context=ssl_context,
+            spool=_optional("spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")),
+            on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
+            disabled=off,
+        )
+
+    if TYPE_CHECKING:
+        api_key: str
+        api_endpoint: str
+        servicer_endpoint: str
+        retries: int
+        timeout: float
+        batch_size: int
+        flush_delay: float
+        queue_size: int
+        log_level: int
+        servicer_retries: int
+        on_exhausted: str
+        max_senders: int
+        exit_timeout: float
+        transport: Optional[Transport]
+        ssl_context: Any
+        spool: Union[SqliteSpool, str, os.PathLike[str], None]
+        on_drop: Optional[Callable[[list[dict[str, Any]], ChirrOpError], object]]
+        disabled: bool
+
+    def __setattr__(self, name: str, value: object = None) -> None:
+        raise AttributeError("a Config cannot be changed")
+
+    __delattr__ = __setattr__
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
+
+
+# ---- Buffers --------------------------------------------------------------
+# In: encoded logs, one at a time. Out: the oldest of them, up to a batch. Both kinds have the same methods:
+#   put(data)            accept one log           take(limit) -> (keys, items)    hand out the oldest
+#   remove(keys)         delivered                bury(keys, message)             dropped for good
+#   park(keys) -> bool   refused by the server    give_back(keys) -> bool         not sent before close
+#   adopt(opening)       take over what a dead process left
+#   close(), after_fork(), len() = logs that wait, lost = logs that a damaged file took along
+# park and give_back answer whether the buffer keeps the logs for a later run.
+# put is called from any thread at any moment; the others by one thread at a time, under the outbox's lock.
+
+
+def _locked(method: _F) -> _F:
+    """Run a method under `self._lock`, an RLock, and count in `self._depth` how often this thread is inside.
+
+    A finaliser or a signal handler may call log() while its own thread is inside: depth 2 tells.
+    """
+
+    def run(self: Any, *args: Any) -> Any:
+        with self._lock:
+            self._depth += 1
+            try:
+                return method(self, *args)
+            finally:
+                self._depth -= 1
+
+    run.__name__, run.__doc__ = method.__name__, method.__doc__
+    return run  # type: ignore[return-value]
+
+
+class _Memory(deque):  # type: ignore[type-arg]
+    """Logs that wait in memory. A deque's append is atomic and re-entrant: put takes no lock."""
+
+    lost = 0
+    put = deque.append
+
+    def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
+        items = [self.popleft() for _ in range(min(limit, len(self)))]  # only ever called by one thread
+        return [], items
+
+    def adopt(self, opening: bool = False) -> None:
+        pass
+
+    def remove(self, keys: list[Any]) -> None:
+        pass
+
+    def bury(self, keys: list[Any], message: str) -> None:
+        pass
+
+    def park(self, keys: list[Any]) -> bool:
+        return False
+
+    give_back = park
+
+    def close(self) -> None:
+        pass
+
+    after_fork = deque.clear
+
+
+# Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
+# client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
+_OWNER_BITS = 40  # the lower bits count the logs of one client: 10**12 of them
+_QUEUED, _PARKED, _DEAD = 0, 1, 2
+_SPOOL_VERSION = 1
+_SQL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS logs"
+    " (id INTEGER PRIMARY KEY, body BLOB NOT NULL, state INTEGER NOT NULL DEFAULT 0, error TEXT)",
+    # holder: whose lock file shows that it lives; NULL after a close. AUTOINCREMENT: a number is never reused.
+    "CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY AUTOINCREMENT, holder TEXT)",
+    f"PRAGMA user_version = {_SPOOL_VERSION}",
+)
+_SQL_INSERT = "INSERT INTO logs (id, body) VALUES (?, ?)"
+_SQL_TAKE = "SELECT id, body FROM logs WHERE id > ? AND id < ? AND state = 0 ORDER BY id LIMIT ?"
+_SQL_COUNT = "SELECT count(*) FROM logs WHERE id > ? AND id < ? AND state = 0"
+_SQL_REMOVE = "DELETE FROM logs WHERE id = ?"
+_SQL_STATE = "UPDATE logs SET state = ?, error = ? WHERE id = ?"
+_SQL_UNPARK = "UPDATE logs SET state = 0 WHERE id > ? AND id < ? AND state = 1"
+_SQL_DEAD = "SELECT body, error FROM logs WHERE state = 2 ORDER BY id"
+_SQL_OWNERS = "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id"
+_SQL_ADOPT = "UPDATE owners SET holder = ? WHERE id = ?"
+_SQL_RELEASE = "UPDATE owners SET holder = NULL WHERE holder = ?"
+_SQL_FORGET = (
+    "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"
+    f" (SELECT 1 FROM logs WHERE logs.id >> {_OWNER_BITS} = owners.id"
+    f" AND logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
+)
+
+_abandoned: list[Any] = []  # SQLite connections of a parent process: closing them here would harm the parent
+
+
+def _lock_file(path: str) -> int:
+    """Return a descriptor that holds an exclusive lock on a file until it is closed or its process dies.
+
+    Raises:
+        OSError: somebody holds it already.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class SqliteSpool:
+    """Keep logs in an SQLite file until the server has taken them: a log survives its process.
+
+    When `log()` returns, the log is committed (WAL mode): `kill -9` loses nothing, and the next client on
+    this file sends what is left, under the same log_ids. Several processes may share a file on a local
+    disk; what a dead one left is taken over by the next that opens it or runs out of work. Refused logs
+    (401, 403, 404, 500, 503) wait for a later run; logs dropped for good are kept as dead letters.
+
+    A power loss may cost the commits of the last moments, since they are synced to the disk only now and
+    then (SQLite's `synchronous=NORMAL`); `synchronous="FULL"` syncs each commit, at milliseconds per log.
+
+    When the file cannot be used (disk full, read-only, damaged, made by a newer version), the client warns
+    once, keeps new logs in memory and tries the file again every 30 s; a damaged file is moved aside as
+    PATH.damaged-TIME. The file has mode 0600 and holds no key. Lock files PATH-*.lock tell who is alive.
+
+    Args:
+        path: the file; made when it does not exist. A client opens it with its first log, flush or close.
+        max_bytes: size in bytes that the file's pages may take, 0 is no limit. At the limit `log()` raises
+            ChirrOpQueueFullError; nothing is pruned. The WAL beside it adds up to about 4 MiB.
+        synchronous: "NORMAL" or "FULL".
+
+    Raises:
+        ChirrOpValidationError: a bad argument.
+        ChirrOpError: this Python has no sqlite3 module.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_bytes: int = 0,
+        *,
+        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+    ) -> None:
+        try:
+            import sqlite3
+        except ImportError as exc:
+            raise ChirrOpError(f"SqliteSpool needs the sqlite3 module, which this Python lacks: {exc}") from exc
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
+        self._sqlite3 = sqlite3
+        self.path = os.path.abspath(os.fspath(path))
+        self.max_bytes = _integer("max_bytes", max_bytes, 0)
+        self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
+        self.warn: Callable[[str], None] = lambda text: None
+        self._start()
+
+    def _start(self) -> None:
+        # _lock guards everything below but the inbox's own append. Logs that cannot be committed stay in
+        # the inbox, which then serves as the memory queue.
+        self._lock = threading.RLock()
+        self._inbox: deque[bytes] = deque()
+        self._inside = False  # a transaction is open: what re-enters now must wait in the inbox
+        self._generation = 0  # counts the files moved aside: keys of an older one mean nothing in this one
+        self._conn: Any = None
+        self._holder, self._guard, self._inode = "", -1, -1
+        self._owners: list[list[int]] = []  # [id of the last row taken, end of the range]: adopted first, own last
+        self._last_id = 0
+        self._stored = 0  # rows of our owners that wait in the file
+        self.lost = 0
+        self._closed = self._warned = False
+        self._retry_at = 0.0
+        self._pid = os.getpid()
+
+    def fresh(self) -> SqliteSpool:
+        """Return an unopened spool with the same settings: each client opens the file for itself."""
+        return SqliteSpool(self.path, self.max_bytes, synchronous=self.synchronous)
+
+    def dead_letters(self, *, remove: bool = False) -> list[dict[str, Any]]:
+        """Return the logs dropped for good, oldest first, as {"log": dict, "error": str}.
+
+        Args:
+            remove: delete them from the file as well.
+
+        Raises:
+            ChirrOpError: the file cannot be read.
+        """
+        if not os.path.exists(self.path):
+            return []
+        try:
+            conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
+            try:
+                conn.execute("BEGIN IMMEDIATE" if remove else "BEGIN")
+                rows = conn.execute(_SQL_DEAD).fetchall()
+                if remove:
+                    conn.execute("DELETE FROM logs WHERE state = 2")
+                conn.execute("COMMIT")
+            finally:
+                conn.close()
+        except self._sqlite3.Error as exc:
+            raise ChirrOpError(f"spool {self.path} cannot be read: {exc}") from exc
+        return [{"log": _decoded(body), "error": error} for body, error in rows]
+
+    # The client's side: the buffer methods.
+
+    def __len__(self) -> int:
+        return self._stored + len(self._inbox)
+
+    def put(self, data: bytes) -> None:
+        """Commit one log before returning; threads that wait for the file share the next commit."""
+        if self.max_bytes and self._transact(self._is_full):
+            raise ChirrOpQueueFullError(f"spool is full: {self.path} has reached {self.max_bytes} bytes")
+        self._inbox.append(data)
+        self._commit()
+
+    def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
+        rows = self._transact(self._select, limit)
+        if rows:
+            return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
+        with self._lock:
+            return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
+
+    def adopt(self, opening: bool = False) -> None:
+        self._transact(self._take_over)
+
+    def remove(self, keys: list[Any]) -> None:
+        self._change(keys, lambda conn, ids: conn.executemany(_SQL_REMOVE, [(i,) for i in ids]))
+
+    def bury(self, keys: list[Any], message: str) -> None:
+        self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_DEAD, message, i) for i in ids]))
+
+    def park(self, keys: list[Any]) -> bool:
+        # Where this write fails, the row is still queued in the file: a later run finds it all the same.
+        return self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_PARKED, None, i) for i in ids]))
+
+    def give_back(self, keys: list[Any]) -> bool:
+        ours = self._change(keys, lambda conn, ids: None)  # the rows are still queued in the file
+        self._stored += len(keys) if ours else 0
+        return ours
+
+    def _change(self, keys: list[Any], work: Callable[..., Any]) -> bool:
+        """Run work(connection, row ids); False when the rows are not in this file (any more)."""
+        ids = [row for generation, row in keys if generation == self._generation]
+        if ids:
+            self._transact(work, ids)
+        return bool(ids) and keys[0][0] == self._generation  # unless `work` found the file damaged
+
+    def close(self) -> None:
+        with self._lock:
+            if self._conn is not None:
+                self._transact(self._release)
+                self._drop_connection()
+            self._closed = True
+
+    def after_fork(self) -> None:
+        """Forget the parent's connection and lock without closing what the parent still uses."""
+        if self._conn is not None:
+            _abandoned.append(self._conn)
+            os.close(self._guard)  # the parent's own descriptor keeps the lock
+        self._start()
+
+    # Inside: every access to the file goes through _transact, under the lock.
+
+    def _usable(self) -> bool:
+        """Tell whether the file can be used now, opening it if need be."""
+        if self._conn is None and not self._closed and time.monotonic() >= self._retry_at:
+            try:
+                self._open()
+            except Exception as exc:
+                self._degrade(exc)
+        return self._conn is not None
+
+    def _transact(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Return work(connection, *args), done in one transaction; None when the file cannot be used."""
+        with self._lock:
+            if self._inside or not self._usable():
+                return None
+            self._inside = True
+            try:
+                self._conn.execute("BEGIN IMMEDIATE")
+                result = work(self._conn, *args)
+                self._conn.execute("COMMIT")
+            except Exception as exc:
+                result = None
+                self._degrade(exc)
+            finally:
+                self._inside = False
+            self._commit()  # what a finaliser or signal handler has logged meanwhile
+            return result
+
+    def _commit(self) -> None:
+        """Write the inbox to the file, unless this very thread is inside already and will do so."""
+        with self._lock:
+            while self._inbox and not self._inside and self._usable():
+                self._inside = True
+                try:
+                    self._insert(self._conn)
+                except Exception as exc:
+                    self._degrade(exc)
+                    return
+                finally:
+                    self._inside = False
+
+    def _insert(self, conn: Any) -> None:
+        rows = []
+        for _ in range(len(self._inbox)):
+            self._last_id += 1
+            rows.append((self._last_id, self._inbox.popleft()))
+        try:
+            if len(rows) == 1:
+                conn.execute(_SQL_INSERT, rows[0])  # a statement alone is a transaction of its own
+            else:
+                conn.execute("BEGIN IMMEDIATE")
+                conn.executemany(_SQL_INSERT, rows)
+                conn.execute("COMMIT")
+            self._stored += len(rows)
+        except BaseException:
+            self._inbox.extendleft(body for _, body in reversed(rows))
+            raise
+
+    def _select(self, conn: Any, limit: int) -> list[tuple[int, bytes]]:
+        rows: list[tuple[int, bytes]] = []
+        for owner in self._owners:
+            found = conn.execute(_SQL_TAKE, (*owner, limit - len(rows))).fetchall()
+            if found:
+                owner[0] = found[-1][0]
+                rows += found
+        if not all(type(body) is bytes for _, body in rows):
+            raise self._sqlite3.DatabaseError("a row is not a log")
+        self._stored -= len(rows)
+        if len(rows) < limit:
+            self._stored = 0  # whatever else was counted is not there
+        return rows
+
+    def _is_full(self, conn: Any) -> bool:
+        size, pages, free = (
+            conn.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
+        )
+        # Four pages of reserve: one log may split pages up to the root.
+        return bool((pages - free + 4) * size > self.max_bytes)
+
+    def _open(self) -> None:
+        sqlite3 = self._sqlite3
+        if not os.path.lexists(self.path):
+            try:
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                pass  # another process was faster
+        conn = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        try:
+            self._inode = os.stat(self.path).st_ino
+            version = conn.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _SPOOL_VERSION):
+                raise ValueError(f"it has the unknown schema version {version}")
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+            # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
+            conn.execute("BEGIN IMMEDIATE")
+            for statement in _SQL_TABLES:
+                conn.execute(statement)
+            self._holder = os.urandom(8).hex()
+            self._guard = _lock_file(f"{self.path}-{self._holder}.lock")
+            self._owners = []
+            self._take_over(conn, opening=True)
+            owner = conn.execute("INSERT INTO owners (holder) VALUES (?)", (self._holder,)).lastrowid
+            self._last_id = owner << _OWNER_BITS
+            self._owners.append([self._last_id, (owner + 1) << _OWNER_BITS])
+            conn.execute("COMMIT")
+        except BaseException:
+            self._drop_connection()
+            conn.close()
+            raise
+        self._conn = conn
+        self._retry_at = 0.0
+
+    def _take_over(self, conn: Any, opening: bool = False) -> None:
+        """Make ours what dead processes hold; when opening also what closed ones left, parked logs included."""
+        for owner, holder in conn.execute(_SQL_OWNERS, (self._holder,)).fetchall():
+            if not (opening if holder is None else self._is_dead(holder)):
+                continue
+            span = [owner << _OWNER_BITS, (owner + 1) << _OWNER_BITS]
+            if opening:
+                conn.execute(_SQL_UNPARK, span)
+            conn.execute(_SQL_ADOPT, (self._holder, owner))
+            self._stored += conn.execute(_SQL_COUNT, span).fetchone()[0]
+            self._owners.insert(0, span)
+
+    def _is_dead(self, holder: str) -> bool:
+        name = f"{self.path}-{os.path.basename(holder)}.lock"
+        try:
+            fd = _lock_file(name)
+        except OSError:
+            return False
+        os.unlink(name)
+        os.close(fd)
+        return True
+
+    def _release(self, conn: Any) -> None:
+        conn.execute(_SQL_RELEASE, (self._holder,))
+        conn.execute(_SQL_FORGET)
+
+    def _drop_connection(self) -> None:
+        if self._conn is not None:
+            try:
+                self._conn.close()
+            except self._sqlite3.Error:
+                pass
+            self._conn = None
+        if self._guard >= 0:
+            try:
+                os.unlink(f"{self.path}-{self._holder}.lock")
+            except OSError:
+                pass
+            os.close(self._guard)
+            self._guard = -1
+
+    def _degrade(self, exc: Exception) -> None:
+        """Say once what is wrong, leave the logs in memory, and move a damaged file aside."""
+        sqlite3 = self._sqlite3
+        text = str(exc)
+        if self._conn is not None and self._conn.in_transaction:
+            try:
+                self._conn.execute("ROLLBACK")
+            except sqlite3.Error:
+                pass
+        # Some damage is reported as an OperationalError, which is else a matter of the disk or of locks.
+        damaged = isinstance(exc, (sqlite3.Error, UnicodeError, OverflowError)) and (
+            not isinstance(exc, sqlite3.OperationalError) or any(w in text for w in ("no such", "malformed", "UTF-8"))
+        )
+        if damaged:
+            self._set_aside()
+        elif "locked" in text:
+            return  # another process is busy; the next call tries again
+        self._retry_at = 0.0 if damaged and not self._warned else time.monotonic() + SPOOL_RETRY_SECONDS
+        if not self._warned:
+            self._warned = True
+            self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {text}")
+
+    def _set_aside(self) -> None:
+        self._drop_connection()
+        self._generation += 1
+        self.lost += self._stored
+        self._stored = 0
+        try:
+            if self._inode in (-1, os.stat(self.path).st_ino):  # else another process has done it already
+                stamp = time.strftime("%Y%m%dT%H%M%S")
+                for suffix in ("", "-wal", "-shm"):
+                    if os.path.isfile(self.path + suffix):
+                        os.replace(self.path + suffix, f"{self.path}.damaged-{stamp}-{os.urandom(2).hex()}{suffix}")
+        except OSError:
+            pass
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    """Return the dict of an encoded log, also of one that a damaged disk has changed."""
+    try:
+        log = json.loads(body)
+        return log if isinstance(log, dict) else {"damaged": repr(body)}
+    except ValueError:
+        return {"damaged": repr(body)}
+
+
+# ---- Retry policy ---------------------------------------------------------
+# Pure functions of an answer: what to do next, and how long to wait before it.
+
+_DELIVERED, _RETRY, _SPLIT, _REFUSED = "delivered", "retry", "split", "refused"
+
+
+def _verdict(status: int) -> str:
+    """Return what an answer to a batch means; status 0 is a network failure.
+
+    A _SPLIT batch of one log is rejected for good.
+    """
+    if 200 <= status < 300:
+        return _DELIVERED
+    if status in (400, 413, 422):
+        return _SPLIT
+    if status in (0, 408, 429) or (status >= 500 and status not in (500, 503)) or 0 < status < 200:
+        return _RETRY
+    return _REFUSED  # 401, 403, 404, 500, 503, a redirect, and any status nobody has told us of
+
+
+def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
+    """Return seconds to wait after failed attempt `attempt` (1 is the first).
+
+    Full jitter, on top of the server's wait when it gave one: clients cut off together return apart.
+    `rand` returns a float in [0, 1).
+    """
+    window = min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt - 1, 32))
+    return (retry_after or 0.0) + rand() * window
+
+
+def _random() -> float:
+    import random
+
+    return random.SystemRandom().random()  # a cloned process must not share its jitter
+
+
+def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None when it says nothing valid.
+
+    `now` is Unix seconds, for the header's other form, an HTTP date.
+    """
+    text = next((str(v).strip() for k, v in headers.items() if str(k).lower() == "retry-after"), "")
+    if text and not text.strip("0123456789.") and text.count(".") <= 1 and text != ".":
+        return min(MAX_RETRY_AFTER, float(text))
+    try:
+        import email.utils
+
+        moment = email.utils.parsedate_to_datetime(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return min(MAX_RETRY_AFTER, max(0.0, moment.timestamp() - now))
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+class _Answer:
+    """What became of one attempt: a status with its body and headers, or 0 and the exception."""
+
+    __slots__ = ("status", "body", "headers", "cause")
+
+    def __init__(
+        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, cause: BaseException | None = None
+    ) -> None:
+        self.status, self.body, self.headers, self.cause = status, body, headers or {}, cause
+
+    def retry_after(self) -> float | None:
+        return _retry_after(self.headers, time.time()) if self.headers else None
+
+    def never_sent(self) -> bool:
+        """Tell whether the request certainly did not reach the server: no connection was made."""
+        return isinstance(self.cause, ConnectionRefusedError) or getattr(self.cause, "never_sent", False)
+
+    def error(self) -> ChirrOpError:
+        """Return the exception that stands for an answer other than 2xx."""
+        if self.status == 0:
+            cause = self.cause
+            detail = str(cause) or type(cause).__name__
+            failure = ChirrOpTransportError(f"no answer: {detail}")
+            failure.__cause__ = cause
+            return failure
+        text = self.body[:4096].decode("utf-8", "replace").strip()
+        body: Any = text or None
+        try:
+            body = json.loads(self.body) if self.body else None
+        except (ValueError, RecursionError):
+            pass
+        message = body.get("error") or body.get("message") if isinstance(body, dict) else None
+        if 300 <= self.status < 400:
+            message = "redirects are not followed; check the endpoint"
+        if not isinstance(message, str):
+            message = text[:200] or _phrase(self.status)
+        kind = _ERROR_BY_STATUS.get(self.status)
+        if kind is None:
+            kind = ChirrOpServerError if self.status >= 500 else ChirrOpNonRetryableError
+        return kind(
+            f"HTTP {self.status}: {message}", status_code=self.status, body=body, retry_after=self.retry_after()
+        )
+
+
+def _phrase(status: int) -> str:
+    import http
+
+    try:
+        return http.HTTPStatus(status).phrase.lower()
+    except ValueError:
+        return "no message"
+
+
+# ---- Outbox ---------------------------------------------------------------
+# In: encoded logs, and the answers to batches. Out: the next batch, and what was dropped. All decisions on
+# delivery and the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an
+# argument, so a test can turn the clock by hand.
+
+
+class Stats(
+    namedtuple("Stats", "accepted delivered dropped queued in_flight parked retries last_error")
+    if not TYPE_CHECKING
+    else NamedTuple(  # type: ignore[misc]
+        "_Stats",
+        [
+            ("accepted", int),
+            ("delivered", int),
+            ("dropped", "dict[str, int]"),
+            ("queued", int),
+            ("in_flight", int),
+            ("parked", int),
+            ("retries", int),
+            ("last_error", "Optional[ChirrOpError]"),
+        ],
+    )
+):
+    """The account of one client at one moment; counts are logs.
+
+    Always accepted == delivered + sum(dropped.values()) + queued + in_flight + parked.
+
+    Attributes:
+        accepted: taken by log() or delivered by send_logs(), and left-overs taken from a spool.
+        delivered: the server has them.
+        dropped: reason to count: "rejected" (400, 413, 422, alone), "undecided" (in a batch so bad that
+            the search for the bad ones was given up), "refused" (401, 403, 404, 500, 503, 3xx),
+            "exhausted", "closed" (not sent before close or exit, or logged after), "damaged" (in a spool
+            file that was moved aside).
+        queued: waiting, for their turn or for another attempt.
+        in_flight: in a request that is under way.
+        parked: refused, kept by the spool for a later run.
+        retries: attempts that had to be repeated.
+        last_error: the newest failure, or None.
+    """
+
+    __slots__ = ()
+
+
+class _Batch:
+    """Logs that share their requests: the same bytes on every attempt."""
+
+    __slots__ = ("first", "keys", "items", "attempts", "not_before", "era", "spent")
+
+    def __init__(self, first: int, keys: list[Any], items: list[bytes], spent: list[int] | None = None) -> None:
+        self.first = first  # the place of items[0] in the order in which logs left the buffer
+        self.keys, self.items = keys, items
+        self.attempts, self.not_before, self.era = 0, 0.0, 0
+        self.spent = spent or [1]  # requests granted to the original batch, shared by its parts
+
+    def halves(self) -> list[_Batch]:
+        middle = (len(self.items) + 1) // 2
+        return [
+            _Batch(self.first, self.keys[:middle], self.items[:middle], self.spent),
+            _Batch(self.first + middle, self.keys[middle:], self.items[middle:], self.spent),
+        ]
+
+
+class _Flush:
+    """A caller that waits for every log before `mark`; `result` gets True or False once."""
+
+    def __init__(self, mark: int) -> None:
+        self.mark, self.clean, self.done = mark, True, False
+        self.result: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def end(self, clean: bool) -> None:
+        self.clean, self.done = clean, True
+        self.result.put(clean)
+
+
+_Drop = namedtuple("_Drop", "reason items error")
+
+
+class _Outbox:
+    def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
+        self.buffer, self._config, self._rand = buffer, config, rand
+        self.on_ready: Callable[[], None] = lambda: None  # called once when enough logs wait for a sender
+        self._reset()
+
+    def _reset(self) -> None:
+        # _lock guards everything below. It is re-entrant, no foreign code runs under it, and put() takes it
+        # only for a bounded queue.
+        self._lock, self._depth = threading.RLock(), 0
+        self._front: list[_Batch] = []  # to be sent before anything new: retries and halves
+        self._flying: dict[_Batch, None] = {}
+        self._flushes: list[_Flush] = []
+        self._hurry_to = 0  # logs before this place do not wait for flush_delay
+        self._since: float | None = None  # when the oldest waiting log was first seen
+        self._resume_at = 0.0  # end of the backoff
+        self._failures = 0  # failures in a row, over all batches; concurrent ones count once
+        self.width = 1  # requests that may be in flight at once
+        self._taken = self._settled = 0  # logs that have left the buffer, and those of them with a fate
+        self._direct = self._delivered = self._parked = self._retries = 0
+        self._dropped: dict[str, int] = {}
+        self.last_error: ChirrOpError | None = None
+        self._waiters: deque[queue.SimpleQueue[None]] = deque()  # callers that wait for room
+        self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
+        # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
+        # once more and waits, so that between the two no log goes unseen.
+        self.wake_at: float = 1
+
+    def after_fork(self) -> None:
+        """Start empty in a child process: the logs, locks and waiting callers are the parent's."""
+        self.buffer.after_fork()
+        self._reset()
+
+    # Logs in.
+
+    def put(self, data: bytes, timeout: float = 0.0) -> list[_Drop]:
+        """Accept one log; wait at most `timeout` seconds for room where the queue is bounded."""
+        if self.closed:
+            return self._refuse_late(data)
+        if self._config.queue_size:
+            self._put_bounded(data, timeout)
+        else:
+            self.buffer.put(data)
+        if len(self.buffer) >= self.wake_at:
+            self.wake_at = math.inf
+            self.on_ready()
+        if self.stopped:  # since the check above: the last sweep may have missed this log
+            return self._sweep()
+        return []
+
+    def _put_bounded(self, data: bytes, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            waiter = self._try_put(data)
+            if waiter is None:
+                return
+            try:
+                waiter.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise ChirrOpQueueFullError(
+                    f"queue is full: {self._config.queue_size} logs are waiting to be sent"
+                ) from None
+
+    @_locked
+    def _try_put(self, data: bytes) -> queue.SimpleQueue[None] | None:
+        held = self.held()
+        if held < self._config.queue_size:
+            self.buffer.put(data)
+            return None
+        if self._depth > 1:  # this very thread is inside: no one could make room while it waits
+            raise ChirrOpQueueFullError(f"queue is full: {held} logs are waiting to be sent")
+        waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiters.append(waiter)
+        return waiter
+
+    @_locked
+    def _refuse_late(self, data: bytes) -> list[_Drop]:
+        self._direct += 1
+        return self._lose("closed", [data], ChirrOpError("logged after close"))
+
+    @_locked
+    def count_direct(self, count: int) -> None:
+        """Account for logs that send_logs has delivered."""
+        self._direct += count
+        self._delivered += count
+
+    # Batches out.
+
+    @_locked
+    def arm(self, now: float) -> float | None:
+        """Return seconds until take() will have a batch, None for not before something happens.
+
+        Also sets when put() calls on_ready, for a sender that goes to wait now.
+        """
+        if self.stopped or len(self._flying) >= self.width or now < self._resume_at:
+            self.wake_at = math.inf
+        else:
+            self.wake_at = self._config.batch_size if len(self.buffer) else 1
+        return self._due_in(now)
+
+    def _due_in(self, now: float) -> float | None:
+        if self.stopped or len(self._flying) >= self.width:
+            return None
+        moments = [batch.not_before for batch in self._front]
+        queued = len(self.buffer)
+        if queued:
+            if self._since is None:
+                self._since = now
+            hurry = queued >= self._config.batch_size or self._taken < self._hurry_to
+            moments.append(now if hurry else self._since + self._config.flush_delay)
+        return max(0.0, max(min(moments), self._resume_at) - now) if moments else None
+
+    @_locked
+    def take(self, now: float) -> _Batch | None:
+        """Return a batch whose time has come, in flight from now on; never waits."""
+        if not self._front and not len(self.buffer) and not self.stopped:
+            self.buffer.adopt()
+        if self._due_in(now) != 0.0:
+            return None
+        batch = next((b for b in self._front if b.not_before <= now), None)
+        if batch is not None:
+            self._front.remove(batch)
+        else:
+            keys, items = self.buffer.take(MAX_BATCH)
+            self._since = now if len(self.buffer) else None
+            if not items:
+                return None
+            batch = _Batch(self._taken, keys, items)
+            self._taken += len(items)
+        batch.era = self._failures
+        self._flying[batch] = None
+        return batch
+
+    # Answers in.
+
+    def settle(self, batch: _Batch, answer: _Answer, now: float) -> list[_Drop]:
+        """Account for the answer to a batch; return what it made us drop."""
+        verdict = _verdict(answer.status)
+        return self._settle(batch, verdict, None if verdict == _DELIVERED else answer.error(), now)
+
+    @_locked
+    def _settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> list[_Drop]:
+        if batch not in self._flying:
+            return []  # close() has given it up meanwhile
+        del self._flying[batch]
+        self.last_error = error or self.last_error
+        drops: list[_Drop] = []
+        # Disk before account, account before the waiting callers: a crash between them repeats a log
+        # under its log_id, but loses none.
+        if error is None:
+            self.buffer.remove(batch.keys)
+            self._delivered += len(batch.items)
+            self._settled += len(batch.items)
+            if len(self.buffer) >= MAX_BATCH:
+                self.width = min(self.width + 1, self._config.max_senders)
+        elif verdict == _RETRY:
+            drops = self._retry_later(batch, error, now)
+        elif verdict == _REFUSED:
+            drops = self._refuse(batch, error)
+        else:
+            drops = self._split(batch, error)
+        if verdict != _RETRY:
+            self._failures = 0
+        drops += self._check_lost()
+        self._tell(exhausted=self._failures > self._config.retries)
+        return drops
+
+    def _retry_later(self, batch: _Batch, error: ChirrOpError, now: float) -> list[_Drop]:
+        batch.attempts += 1
+        if batch.era == self._failures:
+            self._failures += 1
+        self.width = 1
+        self._resume_at = max(self._resume_at, now + _backoff(self._failures, error.retry_after, self._rand))
+        if batch.attempts > self._config.retries:
+            if self._config.on_exhausted == "drop":
+                return self._drop(batch, "exhausted", error)
+            batch.not_before = now + BACKOFF_CAP  # others may be sent meanwhile
+        self._retries += 1
+        self._front.insert(0, batch)
+        return []
+
+    def _refuse(self, batch: _Batch, error: ChirrOpError) -> list[_Drop]:
+        if not self.buffer.park(batch.keys):
+            return self._drop(batch, "refused", error)
+        self._parked += len(batch.items)
+        self._settled += len(batch.items)
+        self._blemish(batch)
+        return []
+
+    def _split(self, batch: _Batch, error: ChirrOpError) -> list[_Drop]:
+        if len(batch.items) == 1:
+            return self._drop(batch, "rejected", error)
+        if batch.spent[0] + 2 > MAX_SPLIT_REQUESTS:
+            return self._drop(batch, "undecided", error)
+        batch.spent[0] += 2
+        self._front += batch.halves()  # at the end: the larger parts are decided first
+        return []
+
+    def _drop(self, batch: _Batch, reason: str, error: ChirrOpError) -> list[_Drop]:
+        self.buffer.bury(batch.keys, str(error))
+        self._settled += len(batch.items)
+        self._blemish(batch)
+        return self._lose(reason, batch.items, error)
+
+    def _lose(self, reason: str, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
+        self._dropped[reason] = self._dropped.get(reason, 0) + len(items)
+        return [_Drop(reason, items, error)]
+
+    def _check_lost(self) -> list[_Drop]:
+        """Account for logs that a damaged spool file took along; nobody can read them any more."""
+        lost, self.buffer.lost = self.buffer.lost, 0
+        if not lost:
+            return []
+        self._taken += lost
+        self._settled += lost
+        self._dropped["damaged"] = self._dropped.get("damaged", 0) + lost
+        for flush in self._flushes:
+            flush.clean = False
+        return [_Drop("damaged", [], ChirrOpError(f"{lost} logs are in a damaged spool file"))]
+
+    # Flush and close.
+
+    @_locked
+    def begin_flush(self, now: float) -> _Flush:
+        """Return a flush of what is held now; a backoff in progress ends."""
+        self.buffer.adopt()
+        flush = _Flush(self._taken + len(self.buffer))
+        self._hurry_to = max(self._hurry_to, flush.mark)
+        self._resume_at = min(self._resume_at, now)
+        for batch in self._front:
+            batch.not_before = min(batch.not_before, now)
+        self._flushes.append(flush)
+        self._tell()
+        return flush
+
+    @_locked
+    def end_flush(self, flush: _Flush) -> None:
+        """Forget a flush whose caller has stopped waiting."""
+        if flush in self._flushes:
+            self._flushes.remove(flush)
+
+    def _blemish(self, batch: _Batch) -> None:
+        for flush in self._flushes:
+            if batch.first < flush.mark:
+                flush.clean = False
+
+    def _tell(self, exhausted: bool = False) -> None:
+        """Wake callers: of a flush that is over, and those who wait for room."""
+        first = min((b.first for group in (self._front, self._flying) for b in group), default=self._taken)
+        for flush in list(self._flushes):
+            over = self.stopped or (self._taken >= flush.mark and first >= flush.mark)
+            if over or exhausted:
+                self._flushes.remove(flush)
+                flush.end(flush.clean and over and not self.stopped)
+        while self._waiters:
+            self._waiters.popleft().put(None)
+
+    @_locked
+    def stop(self) -> list[_Drop]:
+        """End all sending: what is still held stays in the spool, or is dropped and returned.
+
+        A request still in flight no longer counts, whatever becomes of it.
+        """
+        self.closed = self.stopped = True
+        drops = []
+        for batch in [*self._front, *self._flying]:
+            if self.buffer.give_back(batch.keys):
+                self._taken -= len(batch.items)
+            else:
+                drops += self._drop(batch, "closed", ChirrOpError("not sent before close"))
+        self._front, self._flying = [], {}
+        self.buffer.close()
+        drops += self._sweep() + self._check_lost()
+        self._tell()
+        return drops
+
+    @_locked
+    def _sweep(self) -> list[_Drop]:
+        """Drop what waits in memory after the end."""
+        _, items = self.buffer.take(sys.maxsize)
+        self._taken += len(items)
+        self._settled += len(items)
+        return self._lose("closed", items, ChirrOpError("not sent before close")) if items else []
+
+    @_locked
+    def held(self) -> int:
+        """Return the number of logs that may still be delivered by this client."""
+        return len(self.buffer) + self._taken - self._settled
+
+    @_locked
+    def flushing(self) -> bool:
+        return bool(self._flushes)
+
+    @_locked
+    def stats(self) -> Stats:
+        waiting = len(self.buffer)  # read once: logs go on arriving without the lock
+        return Stats(
+            accepted=self._taken + waiting + self._direct,
+            delivered=self._delivered,
+            dropped=dict(self._dropped),
+            queued=waiting + sum(len(b.items) for b in self._front),
+            in_flight=sum(len(b.items) for b in self._flying),
+            parked=self._parked,
+            retries=self._retries,
+            last_error=self.last_error,
+        )
+
+
+# ---- Reporter and sender --------------------------------------------------
+# In: batches from the outbox. Out: one request per batch, and word of what was dropped. Threads
+# "chirrop-sender-N" wait in turn for the next batch and hold no lock while a request or on_drop runs.
+# They never call the logging module, whose handlers may hold locks that wait for a flush: notes are
+# written by callers of flush and close, or by a short-lived thread "chirrop-reporter".
+
+_WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
+_reporting = threading.local()
+
+
+class _Reporter:
+    """Tell the application what was dropped: on_drop at once, the logger in a handful of records."""
+
+    def __init__(self, config: Config) -> None:
+        self._on_drop, self._level = config.on_drop, config.log_level
+        self._drops: deque[_Drop] = deque()
+        self._notes: deque[tuple[int, str]] = deque(maxlen=100)
+        self._next_at, self._state, self._late = 0.0, "", False
+
+    def drops(self, drops: list[_Drop], record: bool = True) -> None:
+        for drop in drops:
+            if record:
+                self._drops.append(_Drop(drop.reason, len(drop.items), drop.error))
+            if self._on_drop is None:
+                continue
+            try:
+                self._on_drop([_decoded(item) for item in drop.items], drop.error)
+            except BaseException as exc:  # it is the application's code, on our thread
+                self.note(_ERROR, f"on_drop raised {type(exc).__name__}")
+
+    def late(self, drops: list[_Drop]) -> None:
+        """Report logs that came after close: every one to on_drop, the first to the logger."""
+        if not self._late:
+            self._late = True
+            self.note(_WARNING, "logged after close: this and further logs are dropped")
+        self.drops(drops, record=False)
+        self.write()
+
+    def state(self, verdict: str, error: ChirrOpError | None) -> None:
+        """Note a change between sending, failing and being refused; not every attempt."""
+        if verdict != _SPLIT and verdict != self._state:
+            if error is not None:
+                self.note(_WARNING, f"logs are {'held, retrying' if verdict == _RETRY else 'refused'}: {error}")
+            elif self._state:
+                self.note(_INFO, "logs are accepted again")
+            self._state = verdict
+
+    def note(self, level: int, text: str) -> None:
+        self._notes.append((level, text))
+
+    def due(self) -> bool:
+        return bool(self._notes) or (bool(self._drops) and time.monotonic() >= self._next_at)
+
+    def write(self, final: bool = False) -> None:
+        """Hand notes to the logger, and drops added up; returns at once when called from a handler of ours."""
+        if not (final and self._drops or self.due()) or getattr(_reporting, "active", False):
+            return
+        import logging
+
+        logger = logging.getLogger("chirrop")
+        if self._level != NOTSET:
+            logger.setLevel(self._level)
+        _reporting.active = True
+        try:
+            while self._notes:
+                logger.log(*self._notes.popleft())
+            if final or time.monotonic() >= self._next_at:
+                self._next_at = time.monotonic() + REPORT_SECONDS
+                for reason, (count, error) in self._added_up().items():
+                    logger.error("dropped %d logs (%s): %s", count, reason, error)
+        except Exception:  # a handler of the application's, or a race for the last note
+            pass
+        finally:
+            _reporting.active = False
+
+    def _added_up(self) -> dict[str, tuple[int, ChirrOpError]]:
+        totals: dict[str, tuple[int, ChirrOpError]] = {}
+        while self._drops:
+            reason, count, error = self._drops.popleft()
+            totals[reason] = (totals.get(reason, (0, error))[0] + count, error)
+        return totals
+
+
+class _Sender:
+    """The threads that carry out what the outbox decides, and what callers wait for: flush and close."""
+
+    def __init__(
+        self, outbox: _Outbox, link: _Link, config: Config, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
+        self.report = _Reporter(config)
+        outbox.on_ready = self.rouse
+        self.abandoned = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()  # guards _threads
+        self._threads: list[threading.Thread] = []
+        self._lead = threading.Lock()  # held by the one thread that waits for work; the others queue for it
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the leader; its put is re-entrant
+        self._waiting = False  # the leader waits for the bell, or is about to look a last time
+        self._inside: set[int] = set()  # threads in which flush and close must not wait for themselves
+        self._sending: set[int] = set()  # those of them that are in a request now
+        self._reporter: threading.Thread | None = None
+        self.pid = os.getpid()
+        self.closing = threading.Event()  # cuts short the waits of send_logs and control-plane calls
+        self._clean = True
+
+    def after_fork(self) -> None:
+        """Forget the parent's threads: they do not exist in a child process."""
+        self.outbox.after_fork()
+        self._link.after_fork()
+        self._reset()
+
+    def abandon(self, _: object = None) -> None:
+        """The client was garbage-collected: send what is held, then end. Called by the collector: no locks."""
+        self.abandoned = True
+        if self._threads:
+            self._bell.put(None)
+        elif not len(self.outbox.buffer):
+            _open_senders.discard(self)
+
+    def rouse(self) -> None:
+        """Wake the leader, or start the first thread."""
+        if self._waiting:
+            self._waiting = False
+            self._bell.put(None)
+        if not self._alive():
+            self._spawn()
+
+    def _alive(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def _spawn(self) -> None:
+        """Start one more thread, if the outbox allows it and the interpreter still does."""
+        with self._lock:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            if _exiting or len(self._threads) >= self.outbox.width:
+                return
+            thread = threading.Thread(
+                target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True
+            )
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError:  # no threads to be had: flush, close and exit send in their own thread
+                self.outbox.wake_at = 1
+
+    def _run(self) -> None:
+        self._inside.add(threading.get_ident())
+        batch: _Batch | None = None
+        while not self.outbox.stopped:
+            try:
+                with self._lead:
+                    batch = self._next()
+                if batch is None:
+                    break
+                self._deliver(batch, self._config.timeout)
+            except BaseException as exc:  # a bug of ours, or no memory: a sender goes on whatever happens
+                self.report.note(_ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+                self.closing.wait(1.0)
+        self._inside.discard(threading.get_ident())
+
+    def _next(self) -> _Batch | None:
+        """Wait for the next batch; None when there is nothing more to do."""
+        while not self.outbox.stopped:
+            batch = self.outbox.take(self._clock())
+            if batch is not None:
+                return batch
+            if self.abandoned and not self.outbox.held():
+                self._shut()
+                break
+            if self.report.due():
+                self._write_apart()
+            self._waiting = True
+            wait = self.outbox.arm(self._clock())
+            if wait != 0.0:
+                try:
+                    self._bell.get(timeout=wait)
+                except queue.Empty:
+                    pass
+            self._waiting = False
+        return None
+
+    def _deliver(self, batch: _Batch, timeout: float) -> None:
+        """Make one attempt, account for it, and tell whoever must know."""
+        body = b"[" + b",".join(batch.items) + b"]"
+        self._sending.add(threading.get_ident())
+        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        self._sending.discard(threading.get_ident())
+        verdict = _verdict(answer.status)
+        drops = self.outbox.settle(batch, answer, self._clock())
+        self.report.state(verdict, None if verdict == _DELIVERED else self.outbox.last_error)
+        if drops:
+            self.report.drops(drops)
+        if self.outbox.width > len(self._threads) > 0:
+            self._spawn()
+        if self._waiting:
+            self.rouse()
+
+    def _write_apart(self) -> None:
+        if self._reporter is not None and self._reporter.is_alive():
+            return
+        try:
+            self._reporter = threading.Thread(target=self.report.write, name="chirrop-reporter", daemon=True)
+            self._reporter.start()
+        except RuntimeError:  # the interpreter is shutting down: close() writes the rest
+            pass
+
+    def flush(self, timeout: float | None) -> bool:
+        if threading.get_ident() in self._inside:
+            return not self.outbox.held()
+        deadline = math.inf if timeout is None else self._clock() + timeout
+        flush = self.outbox.begin_flush(self._clock())
+        if not flush.done:
+            self.rouse()
+            self._wait(flush, deadline)
+        self.outbox.end_flush(flush)
+        self.report.write()
+        return flush.done and flush.clean
+
+    def _wait(self, flush: _Flush, deadline: float) -> None:
+        """Wait for the senders; where no thread can run, do their work in this one."""
+        while not flush.done:
+            now = self._clock()
+            left = deadline - now
+            if left <= 0:
+                return
+            pause: float | None = None if left == math.inf else left
+            if not self._alive():
+                batch = self.outbox.take(now)
+                if batch is not None:
+                    self._inside.add(threading.get_ident())
+                    try:
+                        self._deliver(batch, min(self._config.timeout, left))
+                    finally:
+                        self._inside.discard(threading.get_ident())
+                    continue
+                due = self.outbox.arm(now)
+                pause = min(left, 1.0 if due is None else due)
+            try:
+                flush.result.get(timeout=pause)
+            except queue.Empty:
+                pass
+
+    def hurry(self) -> None:
+        """Take no more logs, and send what is held without waiting."""
+        self.outbox.closed = True
+        self.closing.set()
+        self.outbox.end_flush(self.outbox.begin_flush(self._clock()))
+        self.rouse()
+
+    def close(self, timeout: float | None) -> bool:
+        if not self.outbox.stopped:
+            self.outbox.closed = True
+            self.closing.set()
+            clean = self.flush(timeout)
+            self._clean = clean and not self.outbox.held()
+            self._shut()
+        return self._clean
+
+    def _shut(self) -> None:
+        self.report.drops(self.outbox.stop())
+        for _ in self._threads:
+            self._bell.put(None)
+        inside = threading.get_ident() in self._inside
+        for thread in [] if inside else self._threads:
+            if thread.ident not in self._sending:  # idle: ends at once. One in a request ends after it
+                thread.join(1.0)
+        self._link.close()
+        if not inside:
+            self.report.write(final=True)
+        elif self.report.due():
+            self._write_apart()
+        _open_senders.discard(self)
+
+
+# Every client with unsent logs, or one that may still get some. Held strongly: a client may be dropped
+# by the application while its logs are on their way.
+_open_senders: set[_Sender] = set()
+_exiting = False
+
+
+def _at_exit() -> None:
+    """Close all open clients within one deadline; starts no thread, which 3.12 forbids at this point."""
+    global _exiting
+    _exiting = True
+    senders = list(_open_senders)
+    deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
+    for sender in senders:
+        sender.hurry()
+    for sender in senders:
+        sender.close(max(0.0, deadline - time.monotonic()))
+
+
+def _after_fork() -> None:
+    global _minted, _reporting
+    _minted, _reporting = _NOT_MINTED, threading.local()
+    for sender in list(_open_senders):
+        sender.after_fork()
+        if sender.abandoned:
+            _open_senders.discard(sender)
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- Transport ------------------------------------------------------------
+# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no retries,
+# from any number of threads. The key travels only in the headers of this section.
+
+
+class _NeverSent(ConnectionError):
+    """No connection could be made, so the request did not reach the server."""
+
+    never_sent = True
+
+
+class _TimedSocket(io.RawIOBase):
+    """Read a socket until a deadline for everything: a socket's own time-out starts anew with each byte."""
+
+    def __init__(self, sock: Any, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer did not end in time")
+        self._sock.settimeout(left)
+        count: int | None = self._raw.readinto(buffer)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _awake_clock() -> float:
+    """Return seconds that go on counting while the machine is suspended, where it has such a clock."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time()
+
+
+class _UrllibTransport:
+    """The default transport: urllib.request with connections that are kept and verified TLS.
+
+    urllib closes every connection after one answer; the handler in this opener keeps them in a pool, one
+    for each request that was under way at once. Proxies come from the environment. There is no handler for
+    redirects, files or FTP. A request with the header `Connection: close` gets a connection of its own,
+    never a kept one: its fate must be clear.
+    """
+
+    def __init__(self, ssl_context: Any = None) -> None:
+        self._context = ssl_context
+        self._lock = threading.Lock()  # guards the making of _opener and _context
+        self._opener: Any = None
+        self._idle: dict[tuple[str, str, str], deque[tuple[Any, float]]] = {}
+        self._pid = os.getpid()
+        self._closed = False
+
+    def __call__(
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        import http.client
+        import urllib.request
+
+        opener = self._opener or self._build()
+        request = urllib.request.Request(url, body, dict(headers), method=method)
+        try:
+            answer = opener.open(request, timeout=timeout)
+            if answer is None:
+                raise ValueError(f"no handler for {request.type} URLs")
+            status, content, fields = answer
+        except http.client.HTTPException as exc:
+            raise ConnectionError(f"invalid answer: {exc!r:.200}") from exc
+        return status, content, fields
+
+    def _build(self) -> Any:
+        """Make the opener with the first request: urllib and ssl are imported then, not with this module."""
+        import urllib.request
+
+        transport = self
+
+        class Handler(urllib.request.AbstractHTTPHandler):
+            def http_open(self, request: Any) -> Any:
+                return transport._exchange(request)
+
+            https_open = http_open
+            http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        with self._lock:
+            if self._opener is None:
+                opener = urllib.request.OpenerDirector()
+                opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
+                opener.add_handler(urllib.request.ProxyHandler())
+                opener.add_handler(Handler())
+                self._opener = opener
+        return self._opener
+
+    def _exchange(self, request: Any) -> tuple[int, bytes, Mapping[str, str]]:
+        """Send on a kept connection if there is one; on a new one if that turns out to be dead."""
+        deadline = time.monotonic() + request.timeout
+        place = (request.type, request.host, request._tunnel_host or "")
+        own = request.get_header("Connection", "").lower() == "close"
+        connection = None if own else self._checkout(place)
+        if connection is not None:
+            try:
+                return self._talk(connection, request, deadline, place)
+            except TimeoutError:
+                raise
+            except OSError:  # closed by the server between two requests; nothing was answered
+                pass
+        return self._talk(self._connect(request, deadline), request, deadline, place)
+
+    def _talk(
+        self, connection: Any, request: Any, deadline: float, place: tuple[str, str, str]
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        import http.client
+
+        headers = {**request.unredirected_hdrs, **request.headers}
+        if request._tunnel_host:
+            headers.pop("Proxy-authorization", None)  # it has gone to the proxy, with CONNECT
+        try:
+            connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.response_class = lambda sock, *args, **kwargs: http.client.HTTPResponse(
+                _TimedSocket(sock, deadline),  # type: ignore[arg-type]
+                *args,
+                **kwargs,
+            )
+            connection.request(request.get_method(), request.selector, request.data, headers)
+            response = connection.getresponse()
+            try:
+                body = self._read(response)
+            except OSError as exc:  # the server has begun to answer: this is not a connection found dead
+                raise http.client.HTTPException(f"answer cut short: {exc}") from exc
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close or request.get_header("Connection"):
+            connection.close()
+        else:
+            self._idle.setdefault(place, deque()).append((connection, _awake_clock()))
+            if self._closed:
+                self.close()
+        return response.status, body, response.headers
+
+    @staticmethod
+    def _read(response: Any) -> bytes:
+        parts, size = [], response.length or 0
+        while size <= MAX_ANSWER_BYTES:
+            part = response.read() if response.length is not None else response.read(65536)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            size = sum(map(len, parts))
+        raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+
+    def _connect(self, request: Any, deadline: float) -> Any:
+        import http.client
+
+        options: dict[str, Any] = {"timeout": max(0.001, deadline - time.monotonic())}
+        try:
+            if request.type == "https" or request._tunnel_host:
+                options["context"] = self._ssl_context()
+                connection: Any = http.client.HTTPSConnection(request.host, **options)
+            else:
+                connection = http.client.HTTPConnection(request.host, **options)
+            if request._tunnel_host:
+                pass_on = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
+                connection.set_tunnel(request._tunnel_host, headers=pass_on)
+            try:
+                connection.connect()
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise _NeverSent(f"cannot connect to {request.host}: {exc or type(exc).__name__}") from exc
+        return connection
+
+    def _ssl_context(self) -> Any:
+        with self._lock:
+            if self._context is None:
+                try:
+                    import ssl
+                except ImportError as exc:
+                    raise OSError(f"https needs the ssl module, which this Python lacks: {exc}") from exc
+                self._context = ssl.create_default_context()
+                self._context.set_alpn_protocols(["http/1.1"])
+            return self._context
+
+    def _checkout(self, place: tuple[str, str, str]) -> Any:
+        """Return a kept connection that looks alive, or None."""
+        if self._pid != os.getpid():
+            self.after_fork()
+        idle = self._idle.get(place)
+        while idle:
+            try:
+                connection, used_at = idle.pop()
+            except IndexError:  # another thread took the last one
+                break
+            if 0 <= _awake_clock() - used_at < MAX_IDLE_SECONDS and not _has_input(connection.sock):
+                return connection
+            connection.close()
+        return None
+
+    def after_fork(self) -> None:
+        """Close this process's copies of the parent's sockets; the parent's connections stay open."""
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        idle, self._idle = self._idle, {}
+        for kept in idle.values():
+            for connection, _ in kept:
+                connection.close()
+
+    def close(self) -> None:
+        self._closed = True
+        for kept in list(self._idle.values()):
+            while kept:
+                kept.pop()[0].close()
+
+
+def _has_input(sock: Any) -> bool:
+    """Tell whether an idle connection has something to read: the server closed it, or never was in step."""
+    import select
+
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+class _Link:
+    """Make attempts through the configured transport: adds the headers, and returns whatever happens."""
+
+    def __init__(self, config: Config) -> None:
+        self._transport = config.transport or _UrllibTransport(config.ssl_context)
+        self._key = config.api_key
+
+    def attempt(
+        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
+    ) -> _Answer:
+        headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if not repeatable:
+            headers["Connection"] = "close"
+        try:
+            status, content, fields = self._transport(method, url, body, headers, timeout)
+            if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
+                raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
+        except BaseException as exc:  # a transport may be the application's; its errors end no sender
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
+                raise _without_frames(exc) from None
+            return _Answer(0, cause=_without_frames(exc))
+        if not 200 <= status < 300 and self._key:
+            content = bytes(content).replace(self._key.encode(), b"***")  # some servers echo it
+        return _Answer(status, bytes(content), fields)
+
+    def after_fork(self) -> None:
+        getattr(self._transport, "after_fork", lambda: None)()
+
+    def close(self) -> None:
+        if isinstance(self._transport, _UrllibTransport):  # another one is its maker's to close
+            self._transport.close()
+
+
+# ---- Client ---------------------------------------------------------------
+# Events in: log, flush, close. Then the control plane: request(), and the calls that go through it.
+# A Client is safe to use from any number of threads, and in a forked child.
+
+
+def _path(*segments: str) -> str:
+    """Return a path below the servicer's base; ids are trimmed and encoded as one segment each."""
+    import urllib.parse
+
+    encoded = []
+    for segment in segments:
+        text = segment.strip() if isinstance(segment, str) else ""
+        if text in ("", ".", ".."):
+            raise ChirrOpValidationError(f"id must be a non-empty string, got {_show(segment)}")
+        try:
+            encoded.append(urllib.parse.quote(text, safe=""))
+        except UnicodeEncodeError as exc:
+            raise ChirrOpValidationError(f"id must be valid Unicode, got {_show(segment)}") from exc
+    return "/" + "/".join(encoded)
+
+
+_POLICY_RULES = {"period": _PERIODS, "aggregate": _AGGREGATES, "condition": _CONDITIONS, "severity": _SEVERITIES}
+_DESTINATION_RULES = {"channel": _CHANNELS}
+
+
+def _payload(fields: object, rules: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """Return a payload whose known keys keep to their vocabularies; other keys pass untouched."""
+    if not isinstance(fields, dict):
+        raise ChirrOpValidationError(f"payload must be a dict, got {_show(fields)}")
+    for key, allowed in rules.items():
+        if key in fields:
+            _choice(key, fields[key], allowed)
+    return fields
+
+
+def _is_repeatable(method: str, path: str) -> bool:
+    """Tell whether a call may be made twice: reads, PUTs and the alert transitions."""
+    parts = path.strip("/").split("/")
+    transition = parts[0] == "alerts" and parts[-1] in ("acknowledge", "resolve", "archive") and len(parts) == 3
+    return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
+
+
+class Client:
+    """Send logs in the background and make every control-plane call.
+
+    Threads start with the first log, not with the client. As a context manager it is closed at the end.
+
+    Args:
+        config: a Config; None makes one from the environment.
+
+    Raises:
+        ChirrOpValidationError: there is no valid configuration.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise ChirrOpValidationError(f"config must be a Config, got {_show(config)}")
+        self.config = config = config or Config()
+        self._timeout, self._servicer_retries = config.timeout, config.servicer_retries
+        self._link = _Link(config)
+        spool: Any = config.spool
+        if config.disabled or spool is None:
+            buffer: Any = _Memory()
+        else:
+            buffer = SqliteSpool(spool) if isinstance(spool, (str, os.PathLike)) else spool.fresh()
+        self._outbox = _Outbox(buffer, config)
+        self._sender = _Sender(self._outbox, self._link, config)
+        buffer.warn = lambda text, note=self._sender.report.note: note(_WARNING, text)
+        self._whole = self  # a view from with_options keeps its client alive
+        self._sender.owner = weakref.ref(self, self._sender.abandon)
+        if not config.disabled:
+            _open_senders.add(self._sender)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<chirrop.Client {self.config.api_endpoint} {self.stats()}>"
+
+    # Events.
+
+    def log(self, entry: Log) -> None:
+        """Queue one log for sending and return at once; the network is never touched here.
+
+        POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
+        finaliser or logging handler. With a spool the log is on disk when this returns. With a bounded
+        queue that is full it waits up to `Config.timeout` seconds for room. After close() the log is
+        dropped and reported.
+
+        Args:
+            entry: a Log.
+
+        Raises:
+            ChirrOpValidationError: `entry` is not a Log.
+            ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
+        """
+        if type(entry) is not Log and not isinstance(entry, Log):
+            raise ChirrOpValidationError(f"entry must be a Log, got {_show(entry)}")
+        if self.config.disabled:
+            return
+        sender = self._sender
+        if sender.pid != os.getpid():
+            _after_fork()  # a fork that did not run Python's hooks
+        late = self._outbox.put(entry._body, 0.0 if threading.get_ident() in sender._inside else self.config.timeout)
+        if late:
+            sender.report.late(late)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Send what was queued before this call, now, and wait for it.
+
+        Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those logs was
+        delivered or dropped, or one full cycle of retries has failed, or the time is up. Logs queued
+        meanwhile do not keep it waiting. From on_drop it returns at once. Any thread.
+
+        Args:
+            timeout: seconds; None waits for the outcome, which retries bound to minutes.
+
+        Returns:
+            True only if all of those logs were delivered. What was not stays queued.
+        """
+        limit = None if timeout is None else _seconds("timeout", timeout)
+        if self.config.disabled:
+            return True
+        return self._sender.flush(limit)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Flush, then end the threads and close the connections; further logs are dropped and reported.
+
+        What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks like flush;
+        from on_drop it does not wait. Calling it again does nothing. Any thread.
+
+        Args:
+            timeout: seconds for the flush; None waits for the outcome.
+
+        Returns:
+            True only if everything was delivered.
+        """
+        limit = None if timeout is None else _seconds("timeout", timeout)
+        return self._sender.close(limit)
+
+    def shutdown(self) -> bool:
+        """Do the same as close()."""
+        return self.close()
+
+    def send_logs(self, entries: Iterable[Log]) -> None:
+        """Deliver logs now, in this thread, past the queue and the spool.
+
+        POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated attempts
+        per request; close() cuts the waits short.
+
+        Args:
+            entries: Logs. When a request fails, those before it were delivered and those after it not sent.
+
+        Raises:
+            ChirrOpValidationError: an entry is not a Log; nothing was sent.
+            ChirrOpError: a request failed for good; see the subclasses.
+        """
+        logs = list(entries)
+        for entry in logs:
+            if not isinstance(entry, Log):
+                raise ChirrOpValidationError(f"entries must be Logs, got {_show(entry)}")
+        if self.config.disabled:
+            return
+        for start in range(0, len(logs), MAX_BATCH):
+            items = [entry._body for entry in logs[start : start + MAX_BATCH]]
+            body = b"[" + b",".join(items) + b"]"
+            self._attempts("POST", self.config.api_endpoint, body, self.config.retries, True, MAX_RETRY_AFTER)
+            self._outbox.count_direct(len(items))
+
+    def stats(self) -> Stats:
+        """Return the account of this client's logs at this moment; see Stats. Does not block."""
+        return self._outbox.stats()
+
+    def timer(self, event: str, agent: str | None = None, meta: dict[str, Any] | None = None) -> _Timer:
+        """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
+
+        `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
+        async functions; each call is measured on its own.
+
+            with client.timer("task.duration_ms"): ...
+            @client.timer("task.duration_ms", agent="worker")
+            async def task(): ...
+
+        Args:
+            event, agent: as for Log.
+            meta: an object with at most 9 keys besides "result".
+
+        Raises:
+            ChirrOpValidationError: at once, not at the end of the measured block.
+        """
+        return _Timer(self, event, agent, meta)
+
+    def lambda_handler(self, handler: _F) -> _F:
+        """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
+
+        Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
+        invocation. The handler's result and errors pass through untouched.
+        """
+        import functools
+
+        @functools.wraps(handler)
+        def run(event: Any, context: Any = None, *args: Any) -> Any:
+            try:
+                return handler(event, context, *args)
+            finally:
+                if self._outbox.held():
+                    try:
+                        left = context.get_remaining_time_in_millis() / 1000
+                        self._sender.flush(max(0.0, min(left - 0.2, 86400.0)))  # 0.2 s for the return itself
+                    except Exception as exc:  # not a Lambda context
+                        self._sender.report.note(_ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}")
+
+        return run  # type: ignore[return-value]
+
+    # The control plane.
+
+    def with_options(self, timeout: float | None = None, servicer_retries: int | None = None) -> Client:
+        """Return a view of this client whose control-plane calls have other limits.
+
+        The view shares everything else: queue, threads, connections, account.
+
+        Args:
+            timeout: seconds for one attempt; None keeps the client's.
+            servicer_retries: further attempts, from 0; None keeps the client's.
+        """
+        view = Client.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        if timeout is not None:
+            view._timeout = _seconds("timeout", timeout, zero=False)
+        if servicer_retries is not None:
+            view._servicer_retries = _integer("servicer_retries", servicer_retries, 0)
+        return view
+
+    def request(
+        self, method: str, path: str, query: Mapping[str, Any] | None = None, body: object = None
+    ) -> Any:
+        """Make one control-plane call; every other method goes through this one.
+
+        Blocks, in this thread, for at most `timeout` seconds per attempt, with up to `servicer_retries`
+        further attempts. Reads, PUTs and alert transitions are repeated after a network failure, 408, 429,
+        502, 504 or another 5xx; any other call only on 429 or when no connection could be made, because
+        what became of it is unknown.
+
+        Args:
+            method: e.g. "GET".
+            path: below the servicer's base, e.g. "/events"; ASCII, already encoded, without query.
+            query: parameters; None values are left out.
+            body: anything JSON-encodable; None is no body.
+
+        Returns:
+            The parsed JSON of the answer; {} when it is empty.
+
+        Raises:
+            ChirrOpValidationError: an argument breaks a rule; nothing was sent.
+            ChirrOpBadRequestError, ChirrOpUnauthorizedError, ChirrOpForbiddenError, ChirrOpNotFoundError,
+                ChirrOpInternalServerError, ChirrOpServiceUnavailableError: by status; not repeated.
+            ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed, or one
+                may not be repeated, or the server asks to wait for more than 30 s.
+            ChirrOpError: the client is disabled.
+        """
+        if self.config.disabled and not self.config.api_key:
+            raise ChirrOpError("the client is disabled: control-plane calls need a key")
+        if not isinstance(method, str) or not method.isalpha() or not method.isascii():
+            raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
+        segments = path.strip("/").split("/") if isinstance(path, str) else [""]
+        if not all(s and s not in (".", "..") and all("!" <= c <= "~" and c not in "?#\\" for c in s) for s in segments):
+            raise ChirrOpValidationError(f"path must be encoded segments without a query, got {_show(path)}")
+        url = f"{self.config.servicer_endpoint}/{path.strip('/')}"
+        pairs = [(k, str(v).lower() if isinstance(v, bool) else v) for k, v in (query or {}).items() if v is not None]
+        if pairs:
+            import urllib.parse
+
+            url += "?" + urllib.parse.urlencode(pairs)
+        data = None if body is None else _encode_json("body", body)
+        method = method.upper()
+        answer = self._attempts(
+            method, url, data, self._servicer_retries, _is_repeatable(method, path), MAX_SERVICER_WAIT
+        )
+        if not answer.body.strip():
+            return {}
+        try:
+            return json.loads(answer.body)
+        except (ValueError, RecursionError) as exc:
+            raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from exc
+
+    def _attempts(
+        self, method: str, url: str, body: bytes | None, retries: int, repeatable: bool, longest: float
+    ) -> _Answer:
+        """Return a 2xx answer, after up to `retries` further attempts, or raise."""
+        timeout = self.config.timeout if url == self.config.api_endpoint else self._timeout
+        attempt = 0
+        while True:
+            attempt += 1
+            answer = self._link.attempt(method, url, body, timeout, repeatable)
+            verdict = _verdict(answer.status)
+            if verdict == _DELIVERED:
+                return answer
+            error = answer.error()
+            again = verdict == _RETRY and (repeatable or answer.status == 429 or answer.never_sent())
+            if not again or attempt > retries or (error.retry_after or 0.0) > longest:
+                raise error
+            if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
+                raise error
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; return True at once when the client is being closed."""
+        return self._sender.closing.wait(seconds)
+
+    # Events, their logs and analytics.
+
+    def list_events(self) -> list[Event]:
+        """Return all event definitions.
+
+        GET /v1.0/events
+        """
+        return self.request("GET", "/events")  # type: ignore[no-any-return]
+
+    def create_event(self, payload: Event | dict[str, Any]) -> Event:
+        """Create an event definition and return it; unknown ones are also made by their first log.
+
+        POST /v1.0/events; not repeated when the outcome is unknown.
+
+        Args:
+            payload: Event fields: event, agent, title, description, unit, timezone, public.
+        """
+        return self.request("POST", "/events", body=_payload(payload, {}))  # type: ignore[no-any-return]
+
+    def get_event(self, event_id: str) -> Event:
+        """Return one event definition.
+
+        GET /v1.0/events/{event_id}
+        """
+        return self.request("GET", _path("events", event_id))  # type: ignore[no-any-return]
+
+    def update_event(self, event_id: str, payload: Event | dict[str, Any]) -> Event:
+        """Change an event definition and return it.
+
+        PUT /v1.0/events/{event_id}
+
+        Args:
+            event_id: which one; an id in the payload has no say.
+            payload: title, description, unit, timezone, public or agent.
+        """
+        return self.request("PUT", _path("events", event_id), body=_payload(payload, {}))  # type: ignore[no-any-return]
+
+    def find_event(self, event: str, agent: str | None = None) -> Event | None:
+        """Return the definition with this name, or None.
+
+        GET /v1.0/events
+
+        Args:
+            event: flat name, trimmed.
+            agent: its agent; without one, the definition that has no agent, else the only one of that name.
+
+        Raises:
+            ChirrOpValidationError: no agent was given and several have an event of this name.
+        """
+        name = _trimmed("event", event)
+        wanted = _trimmed("agent", agent) if agent is not None else ""
+        same = [found for found in self.list_events() if found.get("event") == name]
+        exact = [found for found in same if (found.get("agent") or "") == wanted]
+        if exact or wanted or not same:
+            return exact[0] if exact else None
+        if len(same) > 1:
+            agents = ", ".join(sorted(str(found.get("agent")) for found in same))
+            raise ChirrOpValidationError(f"agent must be given, since several have an event {name!r}: {agents}")
+        return same[0]
+
+    def get_event_logs(
+        self, event_id: str, period: Period, limit: int | None = None, offset: int | None = None
+    ) -> list[Rollup]:
+        """Return an event's rollups: count, sum, sum of squares, min and max per bucket.
+
+        GET /v1.0/events/{event_id}/logs
+
+        Args:
+            event_id: which event.
+            period: "minute", "hour" or "day" (in the definition's time zone).
+            limit: rollups at most, from 1; the service's default is 100.
+            offset: rollups to skip, from 0.
+        """
+        query = {"period": _choice("period", period, _PERIODS), **_page(limit, offset)}
+        return self.request("GET", _path("events", event_id, "logs"), query)  # type: ignore[no-any-return]
+
+    def iter_event_logs(self, event_id: str, period: Period, page_size: int = 100) -> Iterator[Rollup]:
+        """Yield all of an event's rollups, fetching `page_size` of them at a time; see get_event_logs.
+
+        GET /v1.0/events/{event_id}/logs
+        """
+        return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
+
+    def get_event_analytics(self, event_id: str, view: View, period: Window, previous: Previous) -> Analytics:
+        """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
+
+        GET /v1.0/events/{event_id}/analytics
+
+        Args:
+            event_id: which event.
+            view: "window".
+            period: "1h", "1d", "7d" or "1m".
+            previous: "previous_window", "previous_1d", "previous_7d" or "previous_1m"; not shorter than the
+                period, and "previous_window" rather than a window of the period's own length.
+        """
+        query = {"view": _choice("view", view, _VIEWS), "period": _choice("period", period, _WINDOWS)}
+        query["previous"] = _choice(f"previous of period {period}", previous, _ANALYTICS_PAIRS[period])
+        return self.request("GET", _path("events", event_id, "analytics"), query)  # type: ignore[no-any-return]
+
+    # Policies.
+
+    def list_policies(self) -> list[Policy]:
+        """Return all policies.
+
+        GET /v1.0/policies
+        """
+        return self.request("GET", "/policies")  # type: ignore[no-any-return]
+
+    def create_policy(self, payload: Policy | dict[str, Any]) -> Policy:
+        """Create a policy, a rule that raises alerts, and return it.
+
+        POST /v1.0/policies; not repeated when the outcome is unknown.
+
+        Args:
+            payload: Policy fields: event_id, period, aggregate, condition, threshold; and title,
+                description, channel, severity, enabled.
+        """
+        return self.request("POST", "/policies", body=_payload(payload, _POLICY_RULES))  # type: ignore[no-any-return]
+
+    def get_policy(self, policy_id: str) -> Policy:
+        """Return one policy.
+
+        GET /v1.0/policies/{policy_id}
+        """
+        return self.request("GET", _path("policies", policy_id))  # type: ignore[no-any-return]
+
+    def update_policy(self, policy_id: str, payload: Policy | dict[str, Any]) -> Policy:
+        """Change some fields of a policy and return it.
+
+        PUT /v1.0/policies/{policy_id}
+        """
+        body = _payload(payload, _POLICY_RULES)
+        return self.request("PUT", _path("policies", policy_id), body=body)  # type: ignore[no-any-return]
+
+    # Alerts.
+
+    def list_alerts(self, status: AlertStatus | None = None) -> list[Alert]:
+        """Return all alerts, or those of one status.
+
+        GET /v1.0/alerts
+
+        Args:
+            status: "triggered", "acknowledged", "resolved" or "archived".
+        """
+        query = {} if status is None else {"status": _choice("status", status, _ALERT_STATUSES)}
+        return self.request("GET", "/alerts", query)  # type: ignore[no-any-return]
+
+    def get_alert(self, alert_id: str) -> Alert:
+        """Return one alert: the rule that fired, what it saw, and where it stands.
+
+        GET /v1.0/alerts/{alert_id}
+        """
+        return self.request("GET", _path("alerts", alert_id))  # type: ignore[no-any-return]
+
+    def get_alert_deliveries(
+        self, alert_id: str, kind: DeliveryKind | None = None, limit: int | None = None, offset: int | None = None
+    ) -> list[Delivery]:
+        """Return the attempts to deliver an alert to its destinations.
+
+        GET /v1.0/alerts/{alert_id}/deliveries
+
+        Args:
+            alert_id: which alert, or the alert_id that test_destination returned.
+            kind: "alert", "test" or "all"; None is real alerts.
+            limit: deliveries at most, from 1.
+            offset: deliveries to skip, from 0.
+        """
+        query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
+        query.update(_page(limit, offset))
+        return self.request("GET", _path("alerts", alert_id, "deliveries"), query)  # type: ignore[no-any-return]
+
+    def iter_alert_deliveries(
+        self, alert_id: str, kind: DeliveryKind | None = None, page_size: int = 100
+    ) -> Iterator[Delivery]:
+        """Yield all deliveries of an alert, fetching `page_size` at a time; see get_alert_deliveries.
+
+        GET /v1.0/alerts/{alert_id}/deliveries
+        """
+        return _pages(lambda offset: self.get_alert_deliveries(alert_id, kind, page_size, offset))
+
+    def acknowledge_alert(self, alert_id: str) -> Alert:
+        """Mark an alert as seen and return it.
+
+        POST /v1.0/alerts/{alert_id}/acknowledge
+        """
+        return self.request("POST", _path("alerts", alert_id, "acknowledge"))  # type: ignore[no-any-return]
+
+    def resolve_alert(self, alert_id: str) -> Alert:
+        """Mark an alert as dealt with and return it.
+
+        POST /v1.0/alerts/{alert_id}/resolve
+        """
+        return self.request("POST", _path("alerts", alert_id, "resolve"))  # type: ignore[no-any-return]
+
+    def archive_alert(self, alert_id: str) -> Alert:
+        """Put an alert away and return it.
+
+        POST /v1.0/alerts/{alert_id}/archive
+        """
+        return self.request("POST", _path("alerts", alert_id, "archive"))  # type: ignore[no-any-return]
+
+    # Destinations.
+
+    def list_destinations(self) -> list[Destination]:
+        """Return all destinations.
+
+        GET /v1.0/destinations
+        """
+        return self.request("GET", "/destinations")  # type: ignore[no-any-return]
+
+    def create_destination(self, payload: Destination | dict[str, Any]) -> Destination:
+        """Create a destination, a place that alerts are delivered to, and return it.
+
+        POST /v1.0/destinations; not repeated when the outcome is unknown.
+
+        Args:
+            payload: Destination fields: channel ("slack", "discord", "telegram", "email", "webhook"), and
+                url, credentials, scope, policy_ids, enabled as the channel needs them.
+        """
+        body = _payload(payload, _DESTINATION_RULES)
+        return self.request("POST", "/destinations", body=body)  # type: ignore[no-any-return]
+
+    def get_destination(self, destination_id: str) -> Destination:
+        """Return one destination.
+
+        GET /v1.0/destinations/{destination_id}
+        """
+        return self.request("GET", _path("destinations", destination_id))  # type: ignore[no-any-return]
+
+    def update_destination(self, destination_id: str, payload: Destination | dict[str, Any]) -> Destination:
+        """Change some fields of a destination and return it.
+
+        PUT /v1.0/destinations/{destination_id}
+        """
+        body = _payload(payload, _DESTINATION_RULES)
+        return self.request("PUT", _path("destinations", destination_id), body=body)  # type: ignore[no-any-return]
+
+    def test_destination(self, destination_id: str) -> TestResult:
+        """Send a test alert and return its alert_id, destination_id and status; {} from some deployments.
+
+        POST /v1.0/destinations/{destination_id}/test; not repeated when the outcome is unknown.
+        """
+        return self.request("POST", _path("destinations", destination_id, "test"))  # type: ignore[no-any-return]
+
+
+def _page(limit: int | None, offset: int | None) -> dict[str, int]:
+    page = {}
+    if limit is not None:
+        page["limit"] = _integer("limit", limit, 1)
+    if offset is not None:
+        page["offset"] = _integer("offset", offset, 0)
+    return page
+
+
+def _pages(fetch: Callable[[int], list[Any]]) -> Iterator[Any]:
+    """Yield the items of all pages; ends at an empty one, since a server may cap the page size.
+
+    A page equal to the one before comes from a server that ignores the offset: it ends there, too.
+    """
+    offset, last = 0, []
+    while True:
+        page = fetch(offset)
+        if not page or page == last:
+            return
+        yield from page
+        offset, last = offset + len(page), page
+
+
+class _Timer:
+    """Measure a block or the calls of a function; see Client.timer."""
+
+    def __init__(self, client: Client, event: str, agent: str | None, meta: dict[str, Any] | None) -> None:
+        if meta is not None and not isinstance(meta, dict):
+            raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
+        self._client, self._fields = client, {"event": event, "agent": agent}
+        self._meta = dict(meta or {})
+        self._log(0.0, "success")
+        self._starts: list[float] = []
+
+    def _log(self, milliseconds: float, result: str) -> Log:
+        return Log(value=round(milliseconds, 3), meta={**self._meta, "result": result}, **self._fields)  # type: ignore[arg-type]
+
+    def __enter__(self) -> _Timer:
+        self._starts.append(time.perf_counter())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        elapsed = (time.perf_counter() - self._starts.pop()) * 1000
+        try:
+            self._client.log(self._log(elapsed, "success" if kind is None else "error"))
+        except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
+            self._client._sender.report.note(_WARNING, f"a timer's log was not accepted: {exc}")
+
+    def _again(self) -> _Timer:
+        return _Timer(self._client, self._fields["event"], self._fields["agent"], self._meta)  # type: ignore[arg-type]
+
+    def __call__(self, function: _F) -> _F:
+        import functools
+        import inspect
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                with self._again():
+                    return await function(*args, **kwargs)
+
+            return run_async  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._again():
+                return function(*args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+
+def new_client(config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
+    """Return a Client from a Config, or from the fields of one: new_client(api_key="chp_...", retries=3).
+
+    Raises:
+        ChirrOpValidationError: a field is wrong or unknown, or both a config and fields were given.
+    """
+    if isinstance(api_key, str):
+        api_key = _Secret(api_key)  # a traceback with locals may show this frame
+    if config is not None:
+        if fields or api_key is not None:
+            raise ChirrOpValidationError("give either a config or its fields, not both")
+        return Client(config)
+    unknown = sorted(set(fields) - set(Config.__init__.__annotations__))
+    if unknown:
+        raise ChirrOpValidationError(f"Config has no field {', '.join(unknown)}")
+    return Client(Config(api_key, **fields))
+
+
+# ---- Global API -----------------------------------------------------------
+# One client per process, for applications that have no place to keep it.
+
+
+class ChirrOp:
+    """The global client: initialize it once, log from anywhere, stop it at the end."""
+
+    _client: Client | None = None
+    _lock = threading.Lock()  # two threads may initialize at once
+
+    @classmethod
+    def initialize(cls, config: Config | None = None, **fields: Any) -> Client:
+        """Make the global client and return it; arguments as for new_client.
+
+        Raises:
+            ChirrOpError: it exists already.
+            ChirrOpValidationError: there is no valid configuration.
+        """
+        if isinstance(fields.get("api_key"), str):
+            fields["api_key"] = _Secret(fields["api_key"])
+        with cls._lock:
+            if cls._client is not None:
+                raise ChirrOpError("ChirrOp SDK is already initialized")
+            cls._client = new_client(config, **fields)
+            return cls._client
+
+    @classmethod
+    def _get(cls) -> Client:
+        if cls._client is None:
+            raise ChirrOpError("ChirrOp SDK is not initialized. Please call initialize() first")
+        return cls._client
+
+    @classmethod
+    def log_event(cls, entry: Log) -> None:
+        """Queue one log; see Client.log. Raises ChirrOpError before initialize()."""
+        cls._get().log(entry)
+
+    @classmethod
+    def flush(cls, timeout: float | None = None) -> bool:
+        """Send what is queued, now; see Client.flush. Raises ChirrOpError before initialize()."""
+        return cls._get().flush(timeout)
+
+    @classmethod
+    def stop(cls, timeout: float | None = None) -> bool:
+        """Close the global client, see Client.close; True when there is none. It may be initialized anew."""
+        with cls._lock:
+            client, cls._client = cls._client, None
+        return client.close(timeout) if client is not None else True
+
+
+def initialize(config: Config | None = None, **fields: Any) -> Client:
+    """Make the global client and return it; see ChirrOp.initialize."""
+    if isinstance(fields.get("api_key"), str):
+        fields["api_key"] = _Secret(fields["api_key"])
+    return ChirrOp.initialize(config, **fields)
+
+
+def log_event(entry: Log) -> None:
+    """Queue one log on the global client; see Client.log."""
+    ChirrOp.log_event(entry)
+
+
+def flush(timeout: float | None = None) -> bool:
+    """Send what the global client has queued, now; see Client.flush."""
+    return ChirrOp.flush(timeout)
+
+
+def stop(timeout: float | None = None) -> bool:
+    """Close the global client; see ChirrOp.stop."""
+    return ChirrOp.stop(timeout)
+
+
