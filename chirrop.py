@@ -94,6 +94,7 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from http.server import ThreadingHTTPServer
     from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
@@ -372,13 +373,15 @@ def _mint(now: float) -> tuple[str, str]:
     return log_id, f"{text}.{int((now - second) * 1e6):06d}Z"
 
 
-def _number(value: object) -> int | float:
+def _number(value: Any) -> int | float:
     """Return any real number (Decimal, Fraction, NumPy scalars) as an int or a float."""
     import numbers
 
-    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+    # Decimal is a Number, but not a Real one.
+    if type(value) is not bool and isinstance(value, numbers.Number):
+        number: Any = value
         try:
-            return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
+            return int(number) if isinstance(value, numbers.Integral) else float(number)
         except Exception:  # complex, a signalling NaN, too large, a hostile subclass
             pass
     raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
@@ -514,8 +517,11 @@ def _encode_log(
 
 def _check_log(fields: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return a log as the wire carries it, checked and with its defaults filled in, as a new dict."""
-    known = (fields.get(k) for k in ("event", "value", "agent", "log_id", "meta", "occurred_at"))
-    log: dict[str, Any] = json.loads(_encode_log(*known, now))
+    get = fields.get
+    body = _encode_log(
+        get("event"), get("value"), get("agent"), get("log_id"), get("meta"), get("occurred_at"), now
+    )
+    log: dict[str, Any] = json.loads(body)
     return log
 
 
@@ -540,7 +546,8 @@ class Log:
     """
 
     __slots__ = ("_body",)
-    _body: bytes
+    if TYPE_CHECKING:
+        _body: bytes
 
     def __init__(
         self,
@@ -581,7 +588,7 @@ class Log:
         return _restore_log, (self._body,)
 
 
-_set_body = Log._body.__set__  # type: ignore[attr-defined]  # past __setattr__, at a third of its cost
+_set_body = Log.__dict__["_body"].__set__  # past __setattr__, at a third of its cost
 
 
 def _restore_log(body: bytes) -> Log:
@@ -822,7 +829,7 @@ class Config:
 #   put(data)            accept one log           take(limit) -> (keys, items)    hand out the oldest
 #   remove(keys)         delivered                bury(keys, message)             dropped for good
 #   park(keys) -> bool   refused by the server    give_back(keys) -> bool         not sent before close
-#   adopt(opening)       take over what a dead process left
+#   adopt()              take over what a dead process left
 #   close(), after_fork(), len() = logs that wait, lost = logs that a damaged file took along
 # park and give_back answer whether the buffer keeps the logs for a later run.
 # put is called from any thread at any moment; the others by one thread at a time, under the outbox's lock.
@@ -856,7 +863,7 @@ class _Memory(deque):  # type: ignore[type-arg]
         items = [self.popleft() for _ in range(min(limit, len(self)))]  # only ever called by one thread
         return [], items
 
-    def adopt(self, opening: bool = False) -> None:
+    def adopt(self) -> None:
         pass
 
     def remove(self, keys: list[Any]) -> None:
@@ -1034,26 +1041,32 @@ class SqliteSpool:
         self._commit()
 
     def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
+        """Hand out the oldest logs: those in the file, then those it could not take."""
         rows = self._transact(self._select, limit)
         if rows:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
-    def adopt(self, opening: bool = False) -> None:
+    def adopt(self) -> None:
+        """Take over what a dead process left; what a closed one left is taken when the file is opened."""
         self._transact(self._take_over)
 
     def remove(self, keys: list[Any]) -> None:
+        """Forget delivered logs."""
         self._change(keys, lambda conn, ids: conn.executemany(_SQL_REMOVE, [(i,) for i in ids]))
 
     def bury(self, keys: list[Any], message: str) -> None:
+        """Keep dropped logs as dead letters."""
         self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_DEAD, message, i) for i in ids]))
 
     def park(self, keys: list[Any]) -> bool:
+        """Keep refused logs for a later run."""
         # Where this write fails, the row is still queued in the file: a later run finds it all the same.
         return self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_PARKED, None, i) for i in ids]))
 
     def give_back(self, keys: list[Any]) -> bool:
+        """Let logs that were taken wait again."""
         ours = self._change(keys, lambda conn, ids: None)  # the rows are still queued in the file
         self._stored += len(keys) if ours else 0
         return ours
@@ -1066,6 +1079,7 @@ class SqliteSpool:
         return bool(ids) and keys[0][0] == self._generation  # unless `work` found the file damaged
 
     def close(self) -> None:
+        """Leave what waits to the next client on this file, and close it."""
         with self._lock:
             if self._conn is not None:
                 self._transact(self._release)
@@ -1343,7 +1357,8 @@ class _Answer:
     def __init__(
         self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, cause: BaseException | None = None
     ) -> None:
-        self.status, self.body, self.headers, self.cause = status, body, headers or {}, cause
+        self.status, self.body, self.cause = status, body, cause
+        self.headers: Mapping[str, str] = headers or {}
 
     def retry_after(self) -> float | None:
         return _retry_after(self.headers, time.time()) if self.headers else None
@@ -1394,23 +1409,23 @@ def _phrase(status: int) -> str:
 # argument, so a test can turn the clock by hand.
 
 
-class Stats(
-    namedtuple("Stats", "accepted delivered dropped queued in_flight parked retries last_error")
-    if not TYPE_CHECKING
-    else NamedTuple(  # type: ignore[misc]
-        "_Stats",
-        [
-            ("accepted", int),
-            ("delivered", int),
-            ("dropped", "dict[str, int]"),
-            ("queued", int),
-            ("in_flight", int),
-            ("parked", int),
-            ("retries", int),
-            ("last_error", "Optional[ChirrOpError]"),
-        ],
-    )
-):
+if TYPE_CHECKING:
+
+    class _Account(NamedTuple):
+        accepted: int
+        delivered: int
+        dropped: dict[str, int]
+        queued: int
+        in_flight: int
+        parked: int
+        retries: int
+        last_error: Optional[ChirrOpError]
+
+else:
+    _Account = namedtuple("_Account", "accepted delivered dropped queued in_flight parked retries last_error")
+
+
+class Stats(_Account):
     """The account of one client at one moment; counts are logs.
 
     Always accepted == delivered + sum(dropped.values()) + queued + in_flight + parked.
@@ -1867,6 +1882,7 @@ class _Sender:
         self.report = _Reporter(config)
         outbox.on_ready = self.rouse
         self.abandoned = False
+        self.owner: object = None  # the weak reference that calls abandon
         self._reset()
 
     def _reset(self) -> None:
@@ -2232,7 +2248,8 @@ class _UrllibTransport:
 
     @staticmethod
     def _read(response: Any) -> bytes:
-        parts, size = [], response.length or 0
+        parts: list[bytes] = []
+        size = response.length or 0
         while size <= MAX_ANSWER_BYTES:
             part = response.read() if response.length is not None else response.read(65536)
             if not part:
@@ -2260,7 +2277,7 @@ class _UrllibTransport:
                 connection.close()
                 raise
         except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise _NeverSent(f"cannot connect to {request.host}: {exc or type(exc).__name__}") from exc
+            raise _NeverSent(f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}") from exc
         return connection
 
     def _ssl_context(self) -> Any:
@@ -2331,7 +2348,8 @@ class _Link:
         if not repeatable:
             headers["Connection"] = "close"
         try:
-            status, content, fields = self._transport(method, url, body, headers, timeout)
+            answer: Any = self._transport(method, url, body, headers, timeout)
+            status, content, fields = answer
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
         except BaseException as exc:  # a transport may be the application's; its errors end no sender
@@ -2920,7 +2938,8 @@ def _pages(fetch: Callable[[int], list[Any]]) -> Iterator[Any]:
 
     A page equal to the one before comes from a server that ignores the offset: it ends there, too.
     """
-    offset, last = 0, []
+    offset = 0
+    last: list[Any] = []
     while True:
         page = fetch(offset)
         if not page or page == last:
@@ -3068,3 +3087,603 @@ def stop(timeout: float | None = None) -> bool:
     return ChirrOp.stop(timeout)
 
 
+# ---- Sandbox --------------------------------------------------------------
+# In: requests, as any transport takes them. Out: the answers ChirrOp would give.
+# Starts no thread and opens no socket (the server of _serve_sandbox does); one
+# lock guards all state, and no scripted delay is waited for under it.
+
+if TYPE_CHECKING:
+    _Row = dict[str, Any]
+    _Reply = tuple[int, bytes, dict[str, str]]
+
+_SANDBOX_BODY_BYTES = 16 << 20  # the served sandbox answers 413 above this
+_SANDBOX_USER = "00000000-0000-4000-8000-000000000001"
+_SANDBOX_IDS = {"events": "event_id", "policies": "policy_id", "alerts": "alert_id",
+                "destinations": "destination_id"}
+# What a client may set: name -> (type or vocabulary, default); None: required.
+_SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "events": {
+        "event": (str, None), "agent": (str, ""), "title": (str, ""), "description": (str, ""),
+        "unit": (str, ""), "timezone": (str, "UTC"), "public": (bool, False)},
+    "policies": {
+        "event_id": (str, None), "title": (str, ""), "description": (str, ""),
+        "channel": (str, "ops"), "period": (_PERIODS, None), "aggregate": (_AGGREGATES, None),
+        "condition": (_CONDITIONS, None), "threshold": (float, None),
+        "severity": (_SEVERITIES, "warning"), "enabled": (bool, True)},
+    "destinations": {
+        "channel": (_CHANNELS, None), "url": (str, ""), "credentials": (dict, {}),
+        "scope": (str, "all"), "policy_ids": (list, []), "enabled": (bool, True)}}
+_SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number",
+                  dict: "an object", list: "a list"}
+_SANDBOX_NEEDS = {"slack": ("url",), "discord": ("url",), "webhook": ("url",),
+                  "telegram": ("bot_token", "chat_id"), "email": ()}
+# Verb -> the status it leads to, the statuses it may start from.
+_SANDBOX_VERBS = {"acknowledge": ("acknowledged", ("triggered",)),
+                  "resolve": ("resolved", ("triggered", "acknowledged")),
+                  "archive": ("archived", ("triggered", "acknowledged", "resolved"))}
+_SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7),
+                  "1m": timedelta(days=30)}
+_SANDBOX_CONDITIONS = {"gt": float.__gt__, "lt": float.__lt__, "eq": float.__eq__,
+                       "gte": float.__ge__, "lte": float.__le__}
+
+
+class _SandboxRefusal(Exception):
+    """An answer that is not 2xx: the text of its error, and its status."""
+
+
+def _sandbox_need(good: object, text: str, status: int = 400) -> None:
+    if not good:
+        raise _SandboxRefusal(text, status)
+
+
+def _sandbox_answer(status: int, content: Any) -> _Reply:
+    """Return an answer whose body is text or bytes as they are, or else JSON."""
+    if isinstance(content, (str, bytes)):
+        return status, content.encode() if isinstance(content, str) else content, {}
+    return status, _encode_json("answer", content), {"Content-Type": "application/json"}
+
+
+def _sandbox_json(body: bytes | None) -> tuple[Any, str]:
+    """Return the parsed body and, where it is not strict JSON, the reason."""
+    try:
+        parsed = json.loads(body) if body else None
+        _encode_json("body", parsed)  # json.loads() takes NaN and lone surrogates
+        return parsed, ""
+    except (ValueError, RecursionError) as exc:
+        return None, f"body is not valid JSON: {exc}"
+
+
+def _sandbox_copy(value: Any) -> Any:
+    return json.loads(_encode_json("value", value))
+
+
+def _sandbox_id(text: str | None = None) -> str:
+    """Return `text` as a canonical UUID, or a new one."""
+    import uuid
+    try:
+        return str(uuid.uuid4() if text is None else uuid.UUID(text))
+    except ValueError as exc:
+        raise _SandboxRefusal(f"id must be a UUID, got {text!r:.80}", 400) from exc
+
+
+def _sandbox_zone(name: str) -> Any:
+    if name == "UTC":  # must work where there is no time zone database
+        return timezone.utc
+    import zoneinfo
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as exc:
+        raise _SandboxRefusal("timezone must be a known IANA name", 400) from exc
+
+
+def _sandbox_choice(query: _Row, name: str, choices: tuple[str, ...], default: str = "") -> str:
+    value = str(query.get(name, default))
+    _sandbox_need(value in choices, f"{name} must be one of {', '.join(choices)}")
+    return value
+
+
+def _sandbox_page(items: list[_Row], query: _Row) -> list[_Row]:
+    limit, offset = query.get("limit", "100"), query.get("offset", "0")
+    for name, text in (("limit", limit), ("offset", offset)):
+        _sandbox_need(text.isascii() and text.isdigit() and len(text) < 10,
+                      f"{name} must be a non-negative integer")
+    return items[int(offset):int(offset) + int(limit)]
+
+
+def _sandbox_fits(value: Any, rule: Any) -> bool:
+    if isinstance(rule, tuple):
+        return value in rule
+    if rule is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, rule)
+
+
+def _sandbox_fields(kind: str, given: Any, record: _Row) -> _Row:
+    """Return what a client may set: as given, else as it is, else the default."""
+    _sandbox_need(isinstance(given, dict), "body must be a JSON object")
+    fields = {}
+    for name, (rule, default) in _SANDBOX_FIELDS[kind].items():
+        value = given.get(name)
+        if value is None:
+            value = record.get(name, _sandbox_copy(default))
+        _sandbox_need(value is not None, f"{name} is required")
+        words = _SANDBOX_TYPES.get(rule) or f"one of {', '.join(rule)}"
+        _sandbox_need(_sandbox_fits(value, rule), f"{name} must be {words}")
+        fields[name] = value
+    return fields
+
+
+def _sandbox_start(at: datetime, period: str, zone: Any) -> datetime:
+    """Return the start of the bucket that `at` falls in; days are those of `zone`."""
+    at = at.replace(second=0, microsecond=0)
+    if period == "day":
+        return at.astimezone(zone).replace(hour=0, minute=0, fold=0).astimezone(timezone.utc)
+    return at if period == "minute" else at.replace(minute=0)
+
+
+def _sandbox_finite(number: float) -> float:
+    """Return `number` within the range of floats, as JSON has no infinity."""
+    return max(-sys.float_info.max, min(sys.float_info.max, number))
+
+
+def _sandbox_add(buckets: dict[Any, _Row], key: object, value: float) -> None:
+    bucket = buckets.setdefault(key, {"count": 0, "value": 0.0, "squares": 0.0,
+                                      "min": value, "max": value})
+    bucket["count"] += 1
+    bucket["value"] = _sandbox_finite(bucket["value"] + value)
+    bucket["squares"] = _sandbox_finite(bucket["squares"] + value * value)
+    bucket["min"], bucket["max"] = min(bucket["min"], value), max(bucket["max"], value)
+
+
+def _sandbox_aggregates(bucket: _Row) -> _Row:
+    mean = bucket["value"] / bucket["count"]
+    stddev = math.sqrt(max(0.0, bucket["squares"] / bucket["count"] - mean * mean))
+    return {**bucket, "sum": bucket["value"], "average": mean, "stddev": stddev,
+            "p95_est": mean + 1.645 * stddev, "p99_est": mean + 2.326 * stddev}
+
+
+def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
+    """Return the `data` of analytics; an empty window has no mean and no stddev."""
+    data: _Row = {}
+    for when in ("current", "previous"):
+        seen = _sandbox_aggregates(windows[when]) if when in windows else {}
+        data[f"{when}_value"] = seen.get("value", 0)
+        data[f"{when}_count"] = seen.get("count", 0)
+        data[f"{when}_mean"] = seen.get("average")
+        data[f"{when}_stddev"] = seen.get("stddev")
+    for name in ("value", "count", "mean"):
+        now, before = data[f"current_{name}"], data[f"previous_{name}"]
+        known = None not in (now, before)
+        data[f"{name}_delta"] = _sandbox_finite(now - before) if known else None
+        data[f"{name}_pct_change"] = (
+            _sandbox_finite((now - before) / abs(before) * 100) if known and before else None)
+    return data
+
+
+class Sandbox:
+    """An in-memory ChirrOp that is itself a transport: no network, no account.
+
+        sandbox = Sandbox()
+        client = new_client(api_key="chp_sandbox", transport=sandbox)
+
+    It refuses what ChirrOp refuses. Policies are evaluated at each request that
+    brings logs; deliveries are recorded, never sent; lists come oldest first.
+    Thread-safe, and what it hands out are copies.
+
+    Args:
+        key: the only API key accepted; None: any that starts with "chp_".
+        clock: returns the time, in seconds since the epoch.
+        sleep: waits out a scripted delay, in seconds.
+    """
+
+    def __init__(self, *, key: str | None = None, clock: Callable[[], float] = time.time,
+                 sleep: Callable[[float], object] = time.sleep) -> None:
+        self._key, self._clock, self._sleep = key, clock, sleep
+        self._lock = threading.RLock()  # guards all that reset() makes
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: logs, requests, resources, faults, predicates."""
+        with self._lock:
+            self._logs: dict[str, _Row] = {}
+            self._requests: list[_Row] = []
+            self._faults: list[_Row] = []
+            self._poison: list[Callable[[_Row], object]] = []
+            self._stores: dict[str, dict[str, _Row]] = {kind: {} for kind in _SANDBOX_IDS}
+            self._named: dict[tuple[str, str], _Row] = {}  # events by agent and event
+            self._points: dict[str, list[tuple[datetime, float]]] = {}  # by event_id
+            self._judged: set[tuple[object, ...]] = set()
+            self._attempts: list[tuple[str, _Row]] = []
+
+    @property
+    def logs(self) -> list[_Row]:
+        """The logs accepted so far; of several with one `log_id`, the first."""
+        with self._lock:
+            return list(_sandbox_copy([*self._logs.values()]))
+
+    @property
+    def requests(self) -> list[_Row]:
+        """All requests: `method`, `path`, `query`, `body`, and `status` (0: no answer)."""
+        with self._lock:
+            return list(_sandbox_copy(self._requests))
+
+    def fail(self, times: int | None = 1, *, status: int | None = None, body: Any = None,
+             headers: Mapping[str, str] | None = None, retry_after: object = None,
+             drop: str | None = None, delay: float = 0.0,
+             method: str | None = None, path: str = "") -> None:
+        """Script a fault for the next matching requests; the oldest fault comes first.
+
+        Args:
+            times: how many requests it meets; None: all, until reset().
+            status: what to answer; default: 429 with `retry_after`, 502 for no fault at all.
+            body: text, bytes or JSON data; default: an error.
+            headers, retry_after: added to that answer; seconds or an HTTP date.
+            drop: break the connection "before" or "after" the request took effect.
+            delay: seconds to wait first; `timeout` or more is a TimeoutError.
+            method, path: only requests by this method, whose path ends so.
+        """
+        if drop not in (None, "before", "after"):
+            raise ChirrOpValidationError(f"drop must be 'before' or 'after', got {drop!r}")
+        if status is None and retry_after is not None:
+            status = 429
+        if status is None and not drop and not delay:
+            status = 502
+        answer = None
+        if status is not None:
+            if body is None:
+                body = {"error": f"scripted {status}"} if status >= 400 else b""
+            answer = _sandbox_answer(status, body)
+            answer[2].update(headers or {})
+            if retry_after is not None:
+                answer[2]["Retry-After"] = str(retry_after)
+        with self._lock:
+            self._faults.append({
+                "times": math.inf if times is None else times, "answer": answer,
+                "drop": drop, "delay": delay, "method": method, "path": path or ""})
+
+    def reject(self, predicate: Callable[[_Row], object]) -> None:
+        """Answer 400 to each request that holds a log for which `predicate` is true."""
+        with self._lock:
+            self._poison.append(predicate)
+
+    def __call__(self, method: str, url: str, body: bytes | None,
+                 headers: Mapping[str, str], timeout: float) -> _Reply:
+        """Answer one request; ConnectionResetError and TimeoutError only as scripted."""
+        request, problem, fault = self._receive(method, url, body)
+        delay, drop = fault.get("delay", 0.0), fault.get("drop")
+        if delay:
+            self._sleep(min(delay, timeout))
+        if delay and delay >= timeout:
+            raise TimeoutError("timed out, as scripted")
+        if drop == "before":
+            raise ConnectionResetError("connection dropped, as scripted")
+        status, content, extra = fault.get("answer") or self._answer(request, problem, headers)
+        if drop == "after":
+            raise ConnectionResetError("connection dropped, as scripted")
+        with self._lock:
+            request["status"] = status
+        return status, content, dict(extra)
+
+    def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
+        """Record a request; return the record, what is wrong with its body, its fault."""
+        from urllib.parse import parse_qsl, urlsplit
+        parts = urlsplit(url)
+        parsed, problem = _sandbox_json(body)
+        request = {"method": method, "path": parts.path, "body": parsed, "status": 0,
+                   "query": dict(parse_qsl(parts.query, keep_blank_values=True))}
+        with self._lock:
+            self._requests.append(request)
+            for fault in self._faults:
+                fits = fault["method"] in (None, method) and parts.path.endswith(fault["path"])
+                if fits and fault["times"] > 0:
+                    fault["times"] -= 1
+                    return request, problem, fault
+        return request, problem, {}
+
+    def _answer(self, request: _Row, problem: str, headers: Mapping[str, str]) -> _Reply:
+        given = {name.lower(): value for name, value in headers.items()}
+        scheme, _, key = given.get("authorization", "").partition(" ")
+        try:
+            _sandbox_need(scheme.lower() == "bearer" and key.startswith("chp_")
+                          and self._key in (None, key), "invalid API key", 401)
+            with self._lock:
+                return _sandbox_answer(200, self._route(request, problem))
+        except _SandboxRefusal as exc:
+            text, status = exc.args
+            return _sandbox_answer(status, {"error": text})
+
+    def _route(self, request: _Row, problem: str) -> Any:
+        """Return what the handler of the request in _ROUTES returns."""
+        from urllib.parse import unquote
+        path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
+        shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
+        methods = self._ROUTES.get(shape, {})
+        _sandbox_need(methods, "no such route", 404)
+        _sandbox_need(request["method"] in methods, "method not allowed", 405)
+        _sandbox_need(not problem, problem)
+        if len(path) > 1:
+            path[1] = _sandbox_id(path[1])
+        return methods[request["method"]](self, path, request["query"], request["body"])
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), timezone.utc)
+
+    # Handlers take the path after /v1.0/ in segments, the query and the parsed body.
+
+    def _ingest(self, path: list[str], query: _Row, body: Any) -> bytes:
+        _sandbox_need(isinstance(body, list), "body must be a JSON array of logs")
+        _sandbox_need(0 < len(body) <= MAX_BATCH,
+                      f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}")
+        fresh: dict[str, set[datetime]] = {}
+        for log in [self._check(index, fields) for index, fields in enumerate(body)]:
+            if log["log_id"] not in self._logs:
+                self._logs[log["log_id"]] = log
+                event_id, at = self._take(log)
+                fresh.setdefault(event_id, set()).add(at)
+        for policy in self._stores["policies"].values():
+            if policy["enabled"] and policy["event_id"] in fresh:
+                self._judge(policy, fresh[policy["event_id"]])
+        return b""
+
+    def _check(self, index: int, fields: Any) -> _Row:
+        _sandbox_need(isinstance(fields, dict), f"log {index}: must be an object")
+        try:
+            log = _check_log(fields, self._clock())
+        except ChirrOpValidationError as exc:
+            raise _SandboxRefusal(f"log {index}: {exc}", 400) from exc
+        poison = any(predicate(_sandbox_copy(log)) for predicate in self._poison)
+        _sandbox_need(not poison, f"log {index}: log_id {log['log_id']} was rejected")
+        return log
+
+    def _take(self, log: _Row) -> tuple[str, datetime]:
+        """File a log under its event definition, made when it is new."""
+        name = {"agent": log.get("agent", ""), "event": log["event"]}
+        event = self._named.get((name["agent"], name["event"]))
+        event = event or self._save(["events"], {}, name)
+        at = _parse_time(log["occurred_at"])
+        self._points.setdefault(event["event_id"], []).append((at, float(log["value"])))
+        return event["event_id"], at
+
+    def _buckets(self, event: _Row, period: str) -> dict[datetime, _Row]:
+        buckets: dict[datetime, _Row] = {}
+        zone = _sandbox_zone(event["timezone"])
+        for at, value in self._points.get(event["event_id"], []):
+            _sandbox_add(buckets, _sandbox_start(at, period, zone), value)
+        return buckets
+
+    def _judge(self, policy: _Row, times: set[datetime]) -> None:
+        """Raise an alert for each bucket around `times` that meets the policy's condition."""
+        event, period = self._stores["events"][policy["event_id"]], policy["period"]
+        buckets, zone = self._buckets(event, period), _sandbox_zone(event["timezone"])
+        holds = _SANDBOX_CONDITIONS[policy["condition"]]
+        for start in sorted({_sandbox_start(at, period, zone) for at in times}):
+            value = _sandbox_aggregates(buckets[start])[policy["aggregate"]]
+            mark = policy["policy_id"], event["event_id"], period, start
+            if mark not in self._judged and holds(float(value), float(policy["threshold"])):
+                self._judged.add(mark)
+                self._alert(policy, event, {**buckets[start], "value": value})
+
+    def _alert(self, policy: _Row, event: _Row, seen: _Row) -> None:
+        alert = {"alert_id": _sandbox_id(), **policy, "agent": event["agent"],
+                 "event": event["event"], "status": "triggered", **seen,
+                 "triggered_at": _iso(self._now()), "acknowledged_at": None, "resolved_at": None}
+        for name in ("description", "enabled", "squares"):
+            del alert[name]
+        self._stores["alerts"][alert["alert_id"]] = alert
+        for destination in self._stores["destinations"].values():
+            named = policy["policy_id"] in destination["policy_ids"]
+            if destination["enabled"] and (named or destination["scope"] == "all"):
+                self._deliver("alert", alert["alert_id"], destination)
+
+    def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
+        now = destination["last_delivered_at"] = _iso(self._now())
+        self._attempts.append((kind, {
+            "attempt_id": _sandbox_id(), "alert_id": alert_id,
+            "destination_id": destination["destination_id"], "channel": destination["channel"],
+            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+            "status": "sent", "response_status": 200, "error_message": None, "created_at": now}))
+
+    def _find(self, path: list[str], *_: Any) -> _Row:
+        record = self._stores[path[0]].get(path[1], {})
+        _sandbox_need(record, f"{_SANDBOX_IDS[path[0]]} {path[1]} is unknown", 404)
+        return record
+
+    def _list(self, path: list[str], *_: Any) -> list[_Row]:
+        return [*self._stores[path[0]].values()]
+
+    def _save(self, path: list[str], query: _Row, body: Any) -> _Row:
+        """Create or change a resource; a refusal leaves everything as it was."""
+        id_name = _SANDBOX_IDS[path[0]]
+        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_id()}
+        fields = _sandbox_fields(path[0], body, record)
+        self._COMPLETE[path[0]](self, fields, record)
+        record.update(fields)
+        return self._stores[path[0]].setdefault(record[id_name], record)
+
+    def _complete_event(self, fields: _Row, record: _Row) -> None:
+        agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
+        _sandbox_need(event, "event must not be blank")
+        _sandbox_zone(fields["timezone"])
+        _sandbox_need(self._named.get((agent, event), record) is record,
+                      "this agent and event have a definition already", 422)
+        self._named.pop((record.get("agent", agent), event), None)
+        self._named[agent, event] = record
+        token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
+        fields.update(agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER,
+                      created_at=record.get("created_at", _iso(self._now())))
+
+    def _complete_policy(self, fields: _Row, record: _Row) -> None:
+        fields["event_id"] = _sandbox_id(fields["event_id"])
+        _sandbox_need(fields["event_id"] in self._stores["events"], "event_id is unknown", 422)
+
+    def _complete_destination(self, fields: _Row, record: _Row) -> None:
+        channel, url, credentials = fields["channel"], fields["url"], fields["credentials"]
+        for name in _SANDBOX_NEEDS[channel]:
+            given = url if name == "url" else credentials.get(name)
+            _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
+        scheme, _, rest = url.partition("://")
+        _sandbox_need(not url or scheme in ("http", "https") and rest.partition("/")[0],
+                      "url must be an absolute http(s) URL")
+        _sandbox_need(all(type(item) in (str, int) for item in credentials.values()),
+                      "credentials must be strings")
+        fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
+        _sandbox_need(set(fields["policy_ids"]) <= set(self._stores["policies"]),
+                      "policy_ids names an unknown policy", 422)
+        now = _iso(self._now())
+        fields.update(created_at=record.get("created_at", now), updated_at=now,
+                      last_delivered_at=record.get("last_delivered_at"), last_error=None)
+
+    def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
+        event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
+        same = {name: event[name] for name in ("event_id", "agent", "event")}
+        return _sandbox_page([
+            {**same, "period": period, "occurred_at": _iso(start), **bucket}
+            for start, bucket in sorted(self._buckets(event, period).items())], query)
+
+    def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
+        event_id = self._find(path)["event_id"]
+        view = _sandbox_choice(query, "view", _VIEWS)
+        period = _sandbox_choice(query, "period", _WINDOWS)
+        previous = _sandbox_choice(query, "previous", _PREVIOUS)
+        _sandbox_need(previous in _ANALYTICS_PAIRS[period],
+                      f"{previous} is not supported with period {period}")
+        windows: dict[str, _Row] = {}
+        span, now = _SANDBOX_SPANS[period], self._now()
+        shift = _SANDBOX_SPANS.get(previous[len("previous_"):], span)
+        for at, value in self._points.get(event_id, []):
+            for name, end in (("current", now), ("previous", now - shift)):
+                if end - span < at <= end:
+                    _sandbox_add(windows, name, value)
+        return {"event_id": event_id, "view": view, "period": period, "previous": previous,
+                "data": _sandbox_compare(windows) if windows else None}
+
+    def _list_alerts(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
+        alerts = self._list(path)
+        if "status" not in query:
+            return alerts
+        status = _sandbox_choice(query, "status", _ALERT_STATUSES)
+        return [alert for alert in alerts if alert["status"] == status]
+
+    def _move_alert(self, path: list[str], *_: Any) -> _Row:
+        alert, (status, starts) = self._find(path), _SANDBOX_VERBS[path[2]]
+        if alert["status"] != status:  # repeating a step changes nothing
+            _sandbox_need(alert["status"] in starts,
+                          f"cannot {path[2]} an alert that is {alert['status']}", 422)
+            alert["status"] = status
+            if f"{status}_at" in alert:
+                alert[f"{status}_at"] = _iso(self._now())
+        return alert
+
+    def _deliveries(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
+        wanted = _sandbox_choice(query, "kind", _DELIVERY_KINDS, "alert")
+        attempts = [pair for pair in self._attempts if pair[1]["alert_id"] == path[1]]
+        if not attempts:  # the alert of a test is known by its attempt alone
+            self._find(path)
+        return _sandbox_page([row for kind, row in attempts if wanted in (kind, "all")], query)
+
+    def _test(self, path: list[str], *_: Any) -> _Row:
+        destination, alert_id = self._find(path), _sandbox_id()
+        self._deliver("test", alert_id, destination)
+        return {"alert_id": alert_id, "destination_id": path[1], "status": "sent"}
+
+    _COMPLETE = {"events": _complete_event, "policies": _complete_policy,
+                 "destinations": _complete_destination}
+    _ROUTES: dict[str, dict[str, Callable[[Sandbox, list[str], _Row, Any], Any]]] = {
+        "logs": {"POST": _ingest},
+        "events": {"GET": _list, "POST": _save},
+        "events/*": {"GET": _find, "PUT": _save},
+        "events/*/logs": {"GET": _rollups},
+        "events/*/analytics": {"GET": _analytics},
+        "policies": {"GET": _list, "POST": _save},
+        "policies/*": {"GET": _find, "PUT": _save},
+        "alerts": {"GET": _list_alerts},
+        "alerts/*": {"GET": _find},
+        "alerts/*/deliveries": {"GET": _deliveries},
+        "alerts/*/acknowledge": {"POST": _move_alert},
+        "alerts/*/resolve": {"POST": _move_alert},
+        "alerts/*/archive": {"POST": _move_alert},
+        "destinations": {"GET": _list, "POST": _save},
+        "destinations/*": {"GET": _find, "PUT": _save},
+        "destinations/*/test": {"POST": _test},
+    }
+
+
+def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
+    """Return an HTTP server on 127.0.0.1 that answers as `sandbox` does.
+
+    The caller runs serve_forever() and server_close(). Port 0 takes a free one, which
+    server_address tells. A scripted drop closes the connection without an answer.
+    """
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # an answer is two writes
+
+        def handle(self) -> None:
+            try:
+                super().handle()
+            except OSError:  # scripted, or the client hung up: no answer
+                pass
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def answer(self) -> None:
+            length = self.headers.get("Content-Length", "0")
+            plain = length.isascii() and length.isdigit()
+            if not plain or "Transfer-Encoding" in self.headers:
+                return self.refuse(400, "a body needs its length in Content-Length")
+            if len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
+                return self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
+            body = self.rfile.read(int(length))
+            if len(body) == int(length):
+                url = "http://127.0.0.1/" + self.path.lstrip("/")
+                self.reply(sandbox(self.command, url, body, dict(self.headers), math.inf))
+
+        def refuse(self, status: int, text: str) -> None:
+            self.close_connection = True
+            self.reply(_sandbox_answer(status, {"error": text}))
+            self.connection.settimeout(1.0)
+            while self.rfile.read1(65536):  # closed with data unread, TCP resets the answer
+                pass
+
+        def reply(self, answer: _Reply) -> None:
+            self.send_response(answer[0])
+            for name, value in answer[2].items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(answer[1])))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that may wait at once: the default is 5
+        daemon_threads = True
+
+    return Server(("127.0.0.1", port), Handler)
+
+
+
+# ---- Licence --------------------------------------------------------------
+# MIT License
+#
+# Copyright (c) 2026 ChirrOp
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction, including
+# without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+# copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
+# following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or substantial
+# portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+# LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
+# EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
+# IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
+# THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -7,9 +7,13 @@ something: waits are for an event, with a time-out that is far longer than neede
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import contextlib
 import copy
 import email.utils
+import gc
+import http.client
 import io
 import json
 import logging
@@ -18,6 +22,9 @@ import pathlib
 import pickle
 import queue
 import random
+import re
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,13 +32,15 @@ import threading
 import time
 import traceback
 import unittest
+import urllib.parse
 import uuid
+from contextlib import redirect_stderr
 from datetime import datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
 
 import chirrop
-from chirrop import ChirrOpError, Client, Config, Log, SqliteSpool, new_client
+from chirrop import ChirrOpError, Client, Config, Log, Sandbox, SqliteSpool, new_client
 
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
@@ -83,6 +92,7 @@ class TestCase(unittest.TestCase):
         handler.emit = self.records.append
         logger.addHandler(handler)
         logger.propagate = False
+        logger.setLevel(logging.DEBUG)
         self.addCleanup(logger.removeHandler, handler)
         self.addCleanup(logger.setLevel, logging.NOTSET)
         crashes, hook = [], threading.excepthook
@@ -116,9 +126,9 @@ class TestCase(unittest.TestCase):
         self.addCleanup(client.close, 5)
         return client
 
-    def folder(self):
-        path = tempfile.mkdtemp(prefix="chirrop-test-")
-        self.addCleanup(__import__("shutil").rmtree, path, ignore_errors=True)
+    def folder(self, within=None):
+        path = tempfile.mkdtemp(prefix="chirrop-test-", dir=within)
+        self.addCleanup(shutil.rmtree, path, ignore_errors=True)
         return pathlib.Path(path)
 
     def python(self, code, *args, timeout=LONG, env=None, **options):
@@ -958,6 +968,1562 @@ class SimulationTest(TestCase):
         self.seeds()
 
     def test_every_log_is_accounted_for_with_a_spool_and_crashes_under_5000_seeds(self):
-        self.seeds(self.folder())
+        memory = "/dev/shm"  # a file system in memory, where there is one: commits without a disk
+        self.seeds(self.folder(memory if os.path.isdir(memory) else None))
+
+
+# ---- Client ---------------------------------------------------------------
+
+
+class ClientTest(TestCase):
+    def test_logs_arrive_with_key_and_content_type(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        sent = [Log("a.b", i, agent="x", meta={"i": i}) for i in range(3)]
+        for log in sent:
+            client.log(log)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(transport.logs(), [log.to_dict() for log in sent])
+        method, url, _, headers, timeout = transport.requests[0]
+        self.assertEqual((method, url, timeout), ("POST", "https://logs.chirrop.com/v1.0/logs", 10.0))
+        self.assertEqual(headers["Authorization"], f"Bearer {KEY}")
+        self.assertEqual(headers["Content-Type"], "application/json")
+
+    def test_only_a_log_can_be_logged(self):
+        client = self.client()
+        for bad in (None, {"event": "a", "value": 1}, "a", Hostile(), Log):
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "entry must be a Log, got"):
+                client.log(bad)
+
+    def test_no_thread_before_the_first_log_and_none_after_close(self):
+        client = self.client()
+        before = threading.active_count()
+        client.flush()
+        client.stats()
+        self.assertEqual(threading.active_count(), before)
+        client.log(Log("a", 1))
+        client.flush(LONG)
+        self.assertEqual([t.name for t in threading.enumerate() if t.name.startswith("chirrop")], ["chirrop-sender-1"])
+        self.assertTrue(client.close())
+        self.assertEqual(threading.active_count(), before)
+
+    def test_a_full_batch_is_sent_without_a_flush(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport, flush_delay=86400, batch_size=3)
+        for i in range(3):
+            client.log(Log("a", i))
+        self.assertEqual(len(json.loads(transport.seen.get(timeout=LONG))), 3)
+
+    def test_flush_delay_sends_what_is_no_full_batch(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport, flush_delay=0.01)
+        client.log(Log("a", 1))
+        self.assertEqual(len(json.loads(transport.seen.get(timeout=LONG))), 1)
+
+    def test_a_request_never_carries_more_than_250_logs_whatever_batch_size_says(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport, batch_size=10_000)
+        for i in range(1001):
+            client.log(Log("a", i))
+        self.assertTrue(client.flush(LONG))
+        sizes = [len(json.loads(r[2])) for r in transport.requests]
+        self.assertEqual((sum(sizes), max(sizes)), (1001, 250))
+
+    def test_close_is_idempotent_and_later_logs_are_dropped_and_reported_once(self):
+        dropped = []
+        client = self.client(on_drop=lambda logs, error: dropped.append((logs, str(error))))
+        client.log(Log("a", 1))
+        self.assertTrue(client.close())
+        self.assertTrue(client.shutdown())
+        for i in range(5):
+            client.log(Log("late", i))
+        self.assertEqual([logs[0]["value"] for logs, _ in dropped], list(range(5)))
+        self.assertEqual(client.stats().dropped, {"closed": 5})
+        self.assertEqual([r.levelname for r in self.records], ["WARNING"])
+
+    def test_close_drops_and_reports_what_it_cannot_send(self):
+        dropped = []
+        client = self.client(transport=FakeTransport(default=502), retries=1, on_drop=lambda logs, error: dropped.extend(logs))
+        sent = [Log("a", i) for i in range(3)]
+        for log in sent:
+            client.log(log)
+        self.assertFalse(client.close(LONG))
+        self.assertEqual(ids(dropped), [log.log_id for log in sent])
+        self.assertEqual(client.stats().dropped, {"closed": 3})
+        self.assertIn("dropped 3 logs (closed)", self.records[-1].getMessage())
+
+    def test_the_context_manager_closes(self):
+        transport = FakeTransport()
+        with self.client(transport=transport) as client:
+            client.log(Log("a", 1))
+        self.assertEqual(len(transport.logs()), 1)
+        self.assertTrue(client._outbox.stopped)
+
+    def test_one_config_serves_many_clients(self):
+        transport = FakeTransport()
+        config = Config(api_key=KEY, transport=transport)
+        before = dict(vars(config))
+        with Client(config) as one, new_client(config) as two:
+            one.log(Log("a", 1))
+            two.log(Log("a", 2))
+        self.assertEqual((len(transport.logs()), vars(config)), (2, before))
+
+    def test_each_refused_status_drops_the_batch_with_its_error(self):
+        for status in (401, 403, 404, 500, 503, 302, 418):
+            with self.subTest(status):
+                dropped = []
+                client = self.client(status, on_drop=lambda logs, error, d=dropped: d.append((len(logs), error.status_code)))
+                client.log(Log("a", 1))
+                client.log(Log("a", 2))
+                self.assertFalse(client.flush(LONG))
+                client.close()
+                self.assertEqual((dropped, client.stats().dropped), ([(2, status)], {"refused": 2}))
+
+    def test_exhausted_logs_are_kept_and_delivered_when_the_server_is_back(self):
+        transport = FakeTransport(*[OSError("down")] * 3)
+        client = self.client(transport=transport, retries=2)
+        client.log(Log("a", 1))
+        self.assertFalse(client.flush(LONG))
+        self.assertEqual(client.stats().queued, 1)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(len({r[2] for r in transport.requests}), 1, "the same bytes every time")
+
+    def test_exhausted_logs_are_dropped_when_asked_for(self):
+        client = self.client(*[502] * 3, retries=2, on_exhausted="drop")
+        client.log(Log("a", 1))
+        self.assertFalse(client.flush(LONG))
+        client.close()
+        self.assertEqual(client.stats().dropped, {"exhausted": 1})
+
+    def test_the_logger_hears_of_each_change_once(self):
+        client = self.client(*[502] * 5, 200, *[502] * 3)
+        for _ in range(2):
+            client.log(Log("a", 1))
+            self.assertTrue(client.flush(LONG))
+        client.close()
+        said = [(r.levelname, r.getMessage().split(":")[0]) for r in self.records]
+        self.assertEqual(said, [("WARNING", "logs are held, retrying"), ("INFO", "logs are accepted again")] * 2)
+
+    def test_a_full_bounded_queue_waits_for_room_then_raises(self):
+        gate, entered = threading.Event(), threading.Event()
+
+        def slow(body):
+            entered.set()
+            gate.wait(LONG)
+            return 200, b"", {}
+
+        client = self.client(transport=FakeTransport(default=slow), queue_size=2, batch_size=1, timeout=0.05)
+        self.addCleanup(gate.set)
+        client.log(Log("a", 1))
+        self.assertTrue(entered.wait(LONG))
+        client.log(Log("a", 2))
+        with self.assertRaisesRegex(chirrop.ChirrOpQueueFullError, "queue is full: 2 logs"):
+            client.log(Log("a", 3))
+        waiting = threading.Thread(target=lambda: Client.log(client, Log("a", 4)))
+        object.__setattr__(client, "config", Config(api_key=KEY, timeout=LONG))
+        waiting.start()
+        gate.set()
+        waiting.join(LONG)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(client.stats().delivered, 3)
+
+    def test_a_broken_transport_is_a_network_failure(self):
+        for answer in (None, 5, ("200", b"", {}), (200, "text", {}), (200, b""), SystemExit, KeyboardInterrupt, MemoryError):
+            with self.subTest(answer):
+                calls = []
+
+                def broken(*args, answer=answer, calls=calls):
+                    calls.append(args)
+                    if len(calls) > 1:
+                        return 200, b"", {}
+                    if isinstance(answer, type):
+                        raise answer
+                    return answer
+
+                client = self.client(transport=broken)
+                client.log(Log("a", 1))
+                self.assertTrue(client.flush(LONG))
+                stats = client.stats()
+                self.assertEqual((stats.delivered, stats.retries), (1, 1))
+                client.close()
+
+    def test_send_logs_delivers_in_this_thread(self):
+        transport = FakeTransport(502, OSError("reset"), 200)
+        client = self.client(transport=transport)
+        client.send_logs(Log("a", i) for i in range(600))
+        self.assertEqual([len(json.loads(r[2])) for r in transport.requests], [250, 250, 250, 250, 100])
+        self.assertEqual(client.stats().delivered, 600)
+        self.assertEqual(client._sender._threads, [])
+
+    def test_send_logs_raises_instead_of_queueing(self):
+        client = self.client(401, *[502] * 11)
+        with self.assertRaises(chirrop.ChirrOpUnauthorizedError):
+            client.send_logs([Log("a", 1)])
+        with self.assertRaises(chirrop.ChirrOpServerError):
+            client.send_logs([Log("a", 1)])
+        with self.assertRaises(chirrop.ChirrOpValidationError):
+            client.send_logs([Log("a", 1), "b"])
+        self.assertEqual((client.stats().accepted, len(client._link._transport.requests)), (0, 12))
+
+    def test_close_cuts_short_the_wait_of_send_logs(self):
+        transport = FakeTransport(default=(429, b"", {"Retry-After": "200"}))
+        client, raised = self.client(transport=transport), queue.Queue()
+
+        def send():
+            try:
+                client.send_logs([Log("a", 1)])
+            except ChirrOpError as exc:
+                raised.put(exc)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        transport.seen.get(timeout=LONG)
+        client.close()
+        self.assertIsInstance(raised.get(timeout=LONG), chirrop.ChirrOpRateLimitError)
+        thread.join(LONG)
+
+    def test_a_view_has_its_own_limits_and_shares_the_rest(self):
+        transport = FakeTransport(502, 502)
+        client = self.client(transport=transport)
+        view = client.with_options(timeout=3, servicer_retries=0)
+        with self.assertRaises(chirrop.ChirrOpServerError):
+            view.list_events()
+        self.assertEqual(client.list_events(), {})
+        self.assertEqual([r[4] for r in transport.requests], [3.0, 10.0, 10.0])
+        view.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+        del client
+        gc.collect()
+        self.assertFalse(view._sender.abandoned)
+        for bad in ({"timeout": 0}, {"servicer_retries": -1}):
+            with self.assertRaises(chirrop.ChirrOpValidationError):
+                view.with_options(**bad)
+
+    def test_flush_and_close_refuse_a_timeout_that_is_none(self):
+        client = self.client()
+        for bad in (-1, "1", float("nan"), True):
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "timeout"):
+                client.flush(bad)
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "timeout"):
+                client.close(bad)
+
+    def test_stats_balance_at_every_moment_of_a_busy_client(self):
+        client = self.client(transport=FakeTransport(default=lambda body: (random.choice((200, 200, 400, 502, 401)), b"", {})), retries=50)
+        done = threading.Event()
+
+        def work():
+            for i in range(1500):
+                client.log(Log("a", i))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(t.is_alive() for t in threads):
+            self.assertBalanced(client)
+        client.flush(LONG)
+        client.close(LONG)
+        done.set()
+        self.assertEqual(self.assertBalanced(client).accepted, 6000)
+
+
+# ---- Control plane --------------------------------------------------------
+
+CALLS = [
+    ("list_events", (), "GET", "/events", None),
+    ("create_event", ({"event": "a"},), "POST", "/events", {"event": "a"}),
+    ("get_event", ("evt_1",), "GET", "/events/evt_1", None),
+    ("update_event", ("evt_1", {"title": "t", "event_id": "other"}), "PUT", "/events/evt_1", {"title": "t", "event_id": "other"}),
+    ("get_event_logs", ("evt_1", "hour", 5, 10), "GET", "/events/evt_1/logs?period=hour&limit=5&offset=10", None),
+    ("get_event_analytics", ("evt_1", "window", "1h", "previous_1d"), "GET", "/events/evt_1/analytics?view=window&period=1h&previous=previous_1d", None),
+    ("list_policies", (), "GET", "/policies", None),
+    ("create_policy", ({"aggregate": "p95_est", "x": 1},), "POST", "/policies", {"aggregate": "p95_est", "x": 1}),
+    ("get_policy", ("p",), "GET", "/policies/p", None),
+    ("update_policy", ("p", {"severity": "critical"}), "PUT", "/policies/p", {"severity": "critical"}),
+    ("list_alerts", ("triggered",), "GET", "/alerts?status=triggered", None),
+    ("get_alert", ("a",), "GET", "/alerts/a", None),
+    ("get_alert_deliveries", ("a", "all", 1, 0), "GET", "/alerts/a/deliveries?kind=all&limit=1&offset=0", None),
+    ("acknowledge_alert", ("a",), "POST", "/alerts/a/acknowledge", None),
+    ("resolve_alert", ("a",), "POST", "/alerts/a/resolve", None),
+    ("archive_alert", ("a",), "POST", "/alerts/a/archive", None),
+    ("list_destinations", (), "GET", "/destinations", None),
+    ("create_destination", ({"channel": "email"},), "POST", "/destinations", {"channel": "email"}),
+    ("get_destination", ("d",), "GET", "/destinations/d", None),
+    ("update_destination", ("d", {"enabled": False}), "PUT", "/destinations/d", {"enabled": False}),
+    ("test_destination", ("d",), "POST", "/destinations/d/test", None),
+]  # fmt: skip
+CREATING = {"create_event", "create_policy", "create_destination", "test_destination"}
+
+
+class ControlPlaneTest(TestCase):
+    def test_every_call_has_its_method_path_and_body(self):
+        for name, args, method, path, body in CALLS:
+            with self.subTest(name):
+                client = self.client((200, b'{"x": 1}', {}))
+                self.assertEqual(getattr(client, name)(*args), {"x": 1})
+                request = client._link._transport.requests[0]
+                self.assertEqual(request[:2], (method, "https://api.chirrop.com/v1.0" + path))
+                self.assertEqual(request[2] and json.loads(request[2]), body)
+                self.assertEqual("Content-Type" in request[3], body is not None)
+
+    def test_the_table_is_complete_and_each_docstring_names_its_route(self):
+        verbs = ("list_", "get_", "create_", "update_", "test_", "acknowledge_", "resolve_", "archive_")
+        self.assertEqual({n for n in dir(Client) if n.startswith(verbs)}, {c[0] for c in CALLS})
+        self.assertEqual(len(CALLS), 21)
+        for name, _, method, path, _ in CALLS:
+            route = re.sub(r"/(evt_1|[pad])(?=/|$)", "/{}", path.split("?")[0])
+            text = re.sub(r"\{\w+\}", "{}", getattr(Client, name).__doc__)
+            self.assertIn(f"{method} /v1.0{route}", text, name)
+
+    def test_an_empty_answer_is_an_empty_dict(self):
+        client = self.client((200, b"", {}), (204, b" \n", {}))
+        self.assertEqual((client.test_destination("d"), client.list_events()), ({}, {}))
+
+    def test_an_answer_that_is_not_json_is_an_error(self):
+        client = self.client((200, b"<html>", {}))
+        with self.assertRaisesRegex(chirrop.ChirrOpTransportError, "not JSON"):
+            client.list_events()
+
+    def test_reads_and_transitions_are_repeated_and_creating_calls_are_not(self):
+        for failure in (OSError("reset"), 502, 504, 408, 599):
+            for name, args, *_ in CALLS:
+                with self.subTest(f"{name} {failure}"):
+                    client = self.client(failure, failure, 200)
+                    if name in CREATING:
+                        with self.assertRaises(ChirrOpError):
+                            getattr(client, name)(*args)
+                    else:
+                        getattr(client, name)(*args)
+                    self.assertEqual(len(client._link._transport.requests), 1 if name in CREATING else 3)
+
+    def test_every_call_is_repeated_on_429_and_when_no_connection_was_made(self):
+        for failure in ((429, b"", {"Retry-After": "0"}), ConnectionRefusedError(), chirrop._NeverSent("dns")):
+            for name, args, *_ in CALLS:
+                client = self.client(failure, failure, 200)
+                getattr(client, name)(*args)
+                self.assertEqual(len(client._link._transport.requests), 3)
+
+    def test_creating_calls_go_on_a_connection_of_their_own(self):
+        for name, args, *_ in CALLS:
+            client = self.client(200)
+            getattr(client, name)(*args)
+            self.assertEqual(client._link._transport.requests[0][3].get("Connection"), "close" if name in CREATING else None)
+
+    def test_a_final_status_is_raised_at_once(self):
+        for status in (400, 401, 403, 404, 413, 422, 500, 503, 301):
+            client = self.client(status)
+            with self.assertRaises(chirrop.ChirrOpNonRetryableError) as caught:
+                client.list_events()
+            self.assertEqual((caught.exception.status_code, len(client._link._transport.requests)), (status, 1))
+
+    def test_a_long_retry_after_raises_at_once_and_a_short_one_is_waited_for(self):
+        client = self.client((429, b"", {"Retry-After": "31"}))
+        with self.assertRaises(chirrop.ChirrOpRateLimitError) as caught:
+            client.list_events()
+        self.assertEqual(caught.exception.retry_after, 31.0)
+        client, waits = self.client((429, b"", {"Retry-After": "30"})), []
+        client._pause = waits.append
+        client.list_events()
+        self.assertEqual(waits, [30.0])
+
+    def test_retries_end(self):
+        client = self.client(*[502] * 9, servicer_retries=3)
+        with self.assertRaises(chirrop.ChirrOpServerError):
+            client.get_event("e")
+        self.assertEqual(len(client._link._transport.requests), 4)
+
+    def test_vocabularies_are_checked_before_any_request(self):
+        wrong = [
+            ("get_event_logs", ("e", "week")), ("get_event_logs", ("e", "hour", 0)), ("get_event_logs", ("e", "hour", 1, -1)),
+            ("get_event_logs", ("e", "hour", True)), ("get_event_analytics", ("e", "chart", "1h", "previous_1d")),
+            ("get_event_analytics", ("e", "window", "2h", "previous_1d")), ("get_event_analytics", ("e", "window", "1h", "previous_2d")),
+            ("list_alerts", ("open",)), ("get_alert_deliveries", ("a", "real")), ("get_alert_deliveries", ("a", "all", "5")),
+            ("create_policy", ({"period": "week"},)), ("create_policy", ({"aggregate": "median"},)), ("create_policy", ({"condition": ">"},)),
+            ("update_policy", ("p", {"severity": "bad"})), ("create_destination", ({"channel": "fax"},)), ("update_destination", ("d", {"channel": None})),
+            ("create_policy", ([],)), ("create_event", (None,)), ("create_event", ({"x": float("nan")},)), ("create_event", ({"x": object()},)),
+        ]  # fmt: skip
+        for name, args in wrong:
+            with self.subTest(f"{name}{args}"):
+                client = self.client(AssertionError)
+                with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                    getattr(client, name)(*args)
+                self.assertIn("got", str(caught.exception))
+                self.assertEqual(client._link._transport.requests, [])
+
+    def test_exactly_the_ten_supported_analytics_pairs_pass(self):
+        client, passed = self.client(), 0
+        for period in ("1h", "1d", "7d", "1m"):
+            for previous in ("previous_window", "previous_1d", "previous_7d", "previous_1m"):
+                try:
+                    client.get_event_analytics("e", "window", period, previous)
+                    passed += 1
+                except chirrop.ChirrOpValidationError:
+                    pass
+        self.assertEqual(passed, 10)
+
+    def test_an_id_is_one_path_segment(self):
+        for given, segment in ((" evt_1 ", "evt_1"), ("a/b", "a%2Fb"), ("../x", "..%2Fx"), ("a?b#c", "a%3Fb%23c"), ("ü%", "%C3%BC%25"), ("a\r\nb", "a%0D%0Ab"), ("...", "...")):
+            client = self.client()
+            client.get_event(given)
+            self.assertEqual(client._link._transport.requests[0][1], f"https://api.chirrop.com/v1.0/events/{segment}")
+        for bad in ("", "  ", ".", "..", None, 5, b"x", "\ud800"):
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "id must be"):
+                self.client(AssertionError).get_alert(bad)
+
+    def test_request_reaches_the_rest_and_only_below_the_base(self):
+        client = self.client((200, b"[1]", {}))
+        self.assertEqual(client.request("patch", "/x/y%2Fz/", {"a": 1, "b": None, "c": True, "d": "é &"}, body=[]), [1])
+        self.assertEqual(client._link._transport.requests[0][:3], ("PATCH", "https://api.chirrop.com/v1.0/x/y%2Fz?a=1&c=true&d=%C3%A9+%26", b"[]"))
+        for method, path in (("GET", "/../x"), ("GET", "/a//b"), ("GET", ""), ("GET", "/a?b=c"), ("GET", "/a b"), ("GET", "/ü"), ("GET", "/a\\b"), ("GET", None), ("GE T", "/a"), (None, "/a"), ("", "/a")):
+            with self.assertRaises(chirrop.ChirrOpValidationError):
+                client.request(method, path)
+
+    def test_iterators_page_until_nothing_is_left(self):
+        rows = [{"n": i} for i in range(7)]
+
+        def page(body):
+            query = dict(urllib.parse.parse_qsl(transport.requests[-1][1].split("?")[1]))
+            start = int(query["offset"])
+            return 200, json.dumps(rows[start : start + min(int(query["limit"]), 3)]).encode(), {}
+
+        transport = FakeTransport(default=page)
+        client = self.client(transport=transport)
+        self.assertEqual(list(client.iter_event_logs("e", "hour", page_size=5)), rows)
+        self.assertEqual(list(client.iter_alert_deliveries("a", "all", page_size=2)), rows)
+        stubborn = self.client(transport=FakeTransport(default=(200, b'[{"n": 1}]', {})))
+        self.assertEqual(list(stubborn.iter_event_logs("e", "day")), [{"n": 1}], "a server that ignores the offset")
+
+    def test_find_event_goes_by_name_and_agent(self):
+        listed = [{"event": "a", "agent": "x", "event_id": "1"}, {"event": "a", "agent": "y", "event_id": "2"}, {"event": "b", "agent": "x", "event_id": "3"}, {"event": "c", "event_id": "4"}, {"event": "c", "agent": "x", "event_id": "5"}]
+        client = self.client(transport=FakeTransport(default=(200, json.dumps(listed).encode(), {})))
+        for args, found in ((("a", "x"), "1"), ((" a ", " y "), "2"), (("b",), "3"), (("c",), "4"), (("c", ""), "4"), (("c", "x"), "5"), (("a", "z"), None), (("d",), None)):
+            self.assertEqual((client.find_event(*args) or {}).get("event_id"), found, args)
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "several have an event 'a': x, y"):
+            client.find_event("a")
+
+
+# ---- Timer, Lambda, global API --------------------------------------------
+
+
+class TimerTest(TestCase):
+    def test_it_logs_milliseconds_and_the_result_and_lets_errors_pass(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        timer = client.timer("t.ms", agent="w", meta={"k": 1})
+        with timer, timer:
+            pass
+        with self.assertRaises(KeyError), client.timer("t.ms"):
+            raise KeyError("x")
+        client.flush(LONG)
+        logs = transport.logs()
+        self.assertEqual([log.get("meta") for log in logs], [{"k": 1, "result": "success"}] * 2 + [{"result": "error"}])
+        self.assertTrue(all(0 <= log["value"] < 10_000 for log in logs))
+
+    def test_it_decorates_functions_sync_and_async(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+
+        @client.timer("f")
+        def fact(n):
+            """doc"""
+            return n * fact(n - 1) if n else 1
+
+        @client.timer("g")
+        async def wait(value):
+            if value is None:
+                raise ValueError
+            return value
+
+        self.assertEqual((fact(3), fact.__doc__, asyncio.run(wait(5))), (6, "doc", 5))
+        with self.assertRaises(ValueError):
+            asyncio.run(wait(None))
+        client.flush(LONG)
+        logs = transport.logs()
+        self.assertEqual([log["event"] for log in logs], ["f"] * 4 + ["g"] * 2)
+        self.assertEqual([log["meta"]["result"] for log in logs], ["success"] * 5 + ["error"])
+
+    def test_mistakes_show_when_the_timer_is_made(self):
+        client = self.client()
+        for fields in ({"event": ""}, {"event": "a", "agent": 1}, {"event": "a", "meta": [1]}, {"event": "a", "meta": {str(i): 0 for i in range(10)}}, {"event": "a", "meta": {"x": object()}}):
+            with self.assertRaises(chirrop.ChirrOpValidationError):
+                client.timer(**fields)
+
+    def test_a_full_queue_does_not_break_the_measured_code(self):
+        client = self.client(transport=FakeTransport(default=502), queue_size=1, timeout=0.01, retries=0)
+        client.log(Log("a", 1))
+        with client.timer("t"):
+            pass
+        client.flush(LONG)
+        self.assertIn("a timer's log was not accepted", " ".join(r.getMessage() for r in self.records))
+
+
+class LambdaTest(TestCase):
+    class Context:
+        def __init__(self, milliseconds):
+            self.get_remaining_time_in_millis = lambda: milliseconds
+
+    def test_it_flushes_before_the_invocation_ends_and_passes_results_and_errors(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport, flush_delay=86400)
+
+        @client.lambda_handler
+        def handler(event, context):
+            if event is not None:
+                client.log(Log("a", event))
+            return 1 / event if event is not None else "nothing"
+
+        self.assertEqual(handler(2, self.Context(30_000)), 0.5)
+        self.assertEqual(len(transport.logs()), 1)
+        with self.assertRaises(ZeroDivisionError):
+            handler(0, self.Context(30_000))
+        self.assertEqual(len(transport.logs()), 2)
+        self.assertEqual(handler(None, None), "nothing")  # nothing is queued: the context is not even asked
+        self.assertEqual(handler.__name__, "handler")
+
+    def test_it_never_masks_the_handlers_own_error(self):
+        client = self.client(transport=FakeTransport(default=502), retries=0)
+
+        @client.lambda_handler
+        def handler(event, context):
+            client.log(Log("a", 1))
+            raise KeyError(event)
+
+        for context in (None, object(), self.Context(0), self.Context(-5), self.Context("x"), self.Context(float("nan"))):
+            with self.assertRaises(KeyError):
+                handler("mine", context)
+        self.assertEqual(client.stats().queued, 6)
+
+
+class GlobalTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(chirrop.stop)
+
+    def test_one_global_client_by_either_name(self):
+        transport = FakeTransport()
+        chirrop.initialize(api_key=KEY, transport=transport)
+        chirrop.log_event(Log("a", 1))
+        chirrop.ChirrOp.log_event(Log("a", 2))
+        self.assertTrue(chirrop.flush(LONG) and chirrop.ChirrOp.flush(LONG))
+        with self.assertRaisesRegex(ChirrOpError, "^ChirrOp SDK is already initialized$"):
+            chirrop.ChirrOp.initialize(api_key=KEY)
+        self.assertTrue(chirrop.stop())
+        self.assertEqual([log["value"] for log in transport.logs()], [1, 2])
+
+    def test_before_and_after(self):
+        for call in (lambda: chirrop.log_event(Log("a", 1)), chirrop.flush, chirrop.ChirrOp.flush):
+            with self.assertRaisesRegex(ChirrOpError, r"^ChirrOp SDK is not initialized. Please call initialize\(\) first$"):
+                call()
+        self.assertTrue(chirrop.stop())
+        chirrop.ChirrOp.initialize(Config(api_key=KEY, transport=FakeTransport()))
+        self.assertTrue(chirrop.ChirrOp.stop())
+        chirrop.initialize(api_key=KEY, transport=FakeTransport())
+        chirrop.stop(1)
+
+
+# ---- The file itself ------------------------------------------------------
+
+
+class ModuleTest(TestCase):
+    """What a security reviewer and a person who vendors the file rely on."""
+
+    SOURCE = pathlib.Path(chirrop.__file__).read_text(encoding="utf-8")
+    TREE = ast.parse(SOURCE)
+
+    def test_the_public_names_are_exactly_those_listed(self):
+        public = {n for n, v in vars(chirrop).items() if not n.startswith("_") and not isinstance(v, type(os))}
+        borrowed = {"annotations", "deque", "namedtuple", "datetime", "timedelta", "timezone", "TYPE_CHECKING", "main"}
+        constants = {n for n in public if n.isupper()}
+        self.assertEqual(public - borrowed - constants, set(chirrop.__all__) - {"__version__"})
+
+    def test_only_the_standard_library_is_imported(self):
+        if not hasattr(sys, "stdlib_module_names"):
+            self.skipTest("Python 3.10 and later know the names of their library")
+        for node in ast.walk(self.TREE):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                self.assertIn(name.split(".")[0], sys.stdlib_module_names | {"__future__"})
+
+    def test_importing_loads_nothing_that_the_first_log_does_not_need(self):
+        late = "urllib ssl sqlite3 argparse http email logging typing random uuid socket select inspect dataclasses zoneinfo shutil"
+        code = f"import sys, chirrop; chirrop.Log('a', 1); print([m for m in '{late}'.split() if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"], capture_output=True, text=True)
+        self.assertEqual(result.stdout, "[]\n", result.stderr)
+
+    def test_every_public_function_and_class_has_a_docstring(self):
+        for node in [*self.TREE.body, *(n for c in self.TREE.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_") for n in c.body)]:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node), node.name)
+
+    def test_what_the_file_touches_is_where_its_header_says(self):
+        places = {
+            "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
+            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"}, "os.environ": {"_checked_key", "_checked_endpoint", "Config"},
+            "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"}, "os.open": {"_lock_file", "SqliteSpool"},
+            "logging.getLogger": {"_Reporter"}, "os.unlink": {"SqliteSpool"}, "os.replace": {"SqliteSpool"},
+        }  # fmt: skip
+        found = {}
+        for top in self.TREE.body:
+            name = getattr(top, "name", "")
+            if "# ---- Sandbox" in self.SOURCE and top.lineno > self.SOURCE[: self.SOURCE.index("# ---- Sandbox")].count("\n"):
+                break
+            for node in ast.walk(top):
+                text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+                text = text.replace("self._sqlite3", "sqlite3")
+                if text in places and not (text == "open" and isinstance(node.ctx, ast.Store)):
+                    found.setdefault(text, set()).add(name)
+        self.assertEqual(found, places)
+        for danger in ("eval", "exec", "subprocess", "os.system", "pickle", "ctypes", "__import__", "marshal"):
+            self.assertNotRegex(self.SOURCE, rf"\b{re.escape(danger)}\b\s*[(.]", danger)
+
+    def test_sections_do_not_reach_down(self):
+        bounds = [(m.start(), m.group(1)) for m in re.finditer(r"^# ---- (.+?) -+$", self.SOURCE, re.M)]
+        self.assertEqual(
+            [name for _, name in bounds],
+            ["Constants and vocabularies", "Errors", "Log", "Config", "Buffers", "Retry policy", "Outbox", "Reporter and sender",
+             "Transport", "Client", "Global API", "Sandbox", "Command line", "Licence"],
+        )  # fmt: skip
+        lines = [self.SOURCE[:start].count("\n") + 1 for start, _ in bounds]
+        section = lambda line: sum(line >= first for first in lines)  # noqa: E731
+        defined = {}
+        for node in self.TREE.body:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            for name in [getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)]:
+                if name:
+                    defined.setdefault(name, section(node.lineno))
+        for node in ast.walk(self.TREE):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined:
+                if (section(node.lineno), node.id) not in self.annotated():
+                    self.assertLessEqual(defined[node.id], section(node.lineno), f"line {node.lineno} uses {node.id} from below")
+
+    @classmethod
+    def annotated(cls):
+        """Names that occur in annotations only for the reader: (section, name)."""
+        return {(4, "SqliteSpool"), (8, "_Link")}
+
+    def test_the_version_is_one_literal_and_the_licence_is_inside(self):
+        self.assertEqual(len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', self.SOURCE, re.M)), 1)
+        self.assertIn("MIT License", self.SOURCE)
+        self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.SOURCE)
+
+
+# ---- Sandbox --------------------------------------------------------------
+
+UNKNOWN = "00000000-0000-4000-8000-00000000dead"
+SLACK = {"channel": "slack", "url": "https://hooks.slack.com/services/T/B/x"}
+
+
+class SandboxCase(unittest.TestCase):
+    """A sandbox with a clock turned by hand, called as a transport."""
+
+    start = datetime(2026, 3, 4, 10, 30, 15, tzinfo=timezone.utc)
+
+    def setUp(self):
+        self.now, self.slept = self.start, []
+        self.sandbox = Sandbox(clock=lambda: self.now.timestamp(), sleep=self.slept.append)
+
+    def call(self, method, path, body=None, auth="Bearer chp_test", timeout=10.0):
+        """Return status and parsed body (None for an empty one)."""
+        headers = {} if auth is None else {"authorization": auth}
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        status, content, _ = self.exchange(method, path, body, headers, timeout)
+        return status, json.loads(content) if content else None
+
+    def exchange(self, method, path, body, headers, timeout):
+        return self.sandbox(method, "https://api.example" + path, body, headers, timeout)
+
+    def ok(self, method, path, body=None):
+        status, content = self.call(method, path, body)
+        self.assertEqual(status, 200, content)
+        return content
+
+    def log(self, *values, event="jobs.done", **fields):
+        self.ok("POST", "/v1.0/logs", [dict(fields, event=event, value=v) for v in values])
+
+    def at(self, **shift):
+        """Return the time on the clock, shifted, as a log states it."""
+        return (self.now + timedelta(**shift)).isoformat()
+
+    def event_id(self, event="jobs.done", agent=""):
+        found = [e["event_id"] for e in self.ok("GET", "/v1.0/events")
+                 if (e["event"], e["agent"]) == (event, agent)]
+        self.assertEqual(len(found), 1, found)
+        return found[0]
+
+    def policy(self, **fields):
+        fields["event_id"] = fields.get("event_id") or self.event_id()
+        return self.ok("POST", "/v1.0/policies", {
+            "period": "hour", "aggregate": "sum",
+            "condition": "gt", "threshold": 0, **fields})
+
+    def rollups(self, event_id, query):
+        return self.ok("GET", f"/v1.0/events/{event_id}/logs?{query}")
+
+
+class SandboxTest(SandboxCase):
+    def test_accepted_logs_are_answered_with_an_empty_body(self):
+        headers = {"Authorization": "Bearer chp_x"}
+        body = b'[{"event":"a.b","value":1}]'
+        self.assertEqual(self.sandbox("POST", "http://any/prefix/v1.0/logs", body, headers, 1),
+                         (200, b"", {}))
+
+    def test_a_log_sent_twice_is_one_log_and_the_first_wins(self):
+        log_id = str(uuid.uuid4())
+        self.log(1, 2, log_id=log_id)
+        self.log(3, log_id=log_id.upper())
+        self.assertEqual([(log["log_id"], log["value"]) for log in self.sandbox.logs], [(log_id, 1)])
+        self.assertEqual(self.rollups(self.event_id(), "period=day")[0]["count"], 1)
+
+    def test_a_log_without_id_and_time_gets_both_from_the_server(self):
+        self.log(1, log_id=" ")
+        [log] = self.sandbox.logs
+        self.assertEqual(str(uuid.UUID(log["log_id"])), log["log_id"])
+        self.assertEqual(datetime.fromisoformat(log["occurred_at"].replace("Z", "+00:00")), self.now)
+
+    def test_the_limits_themselves_are_accepted(self):
+        self.log(*range(250))
+        for fields in ({"meta": "x" * 1022}, {"meta": "é" * 511},
+                       {"meta": {str(n): n for n in range(10)}}, {"meta": list(range(11))},
+                       {"occurred_at": self.at(days=-30)}, {"occurred_at": self.at(days=1)},
+                       {"unknown": 1}, {"agent": ""}):
+            with self.subTest(fields=fields):
+                self.log(1, **fields)
+        self.assertEqual(len(self.sandbox.logs), 258)
+
+    def test_a_definition_is_made_for_each_agent_and_event(self):
+        for agent in ("api", "web", "api"):
+            self.log(1, agent=agent)
+        self.log(1)
+        events = self.ok("GET", "/v1.0/events")
+        self.assertEqual([(e["agent"], e["event"]) for e in events],
+                         [("api", "jobs.done"), ("web", "jobs.done"), ("", "jobs.done")])
+        self.assertEqual(self.ok("GET", f"/v1.0/events/{events[1]['event_id']}"), events[1])
+        self.assertEqual(set(events[0]), {
+            "event_id", "event", "agent", "title", "description", "unit", "timezone", "public",
+            "share_token", "user_id", "created_at"})
+
+    def test_an_id_may_be_percent_encoded_and_in_capitals(self):
+        self.log(1)
+        event_id = self.event_id()
+        path = f"/v1.0/events/{event_id.upper().replace('-', '%2D')}"
+        self.assertEqual(self.ok("GET", path)["event_id"], event_id)
+
+    def test_a_definition_can_be_made_first_and_takes_its_logs(self):
+        made = self.ok("POST", "/v1.0/events", {"event": " jobs.done ", "agent": " api", "unit": "ms"})
+        self.log(1, agent="api")
+        self.assertEqual(self.ok("GET", "/v1.0/events"), [made])
+        self.assertEqual((made["event"], made["unit"], made["timezone"]), ("jobs.done", "ms", "UTC"))
+
+    def test_put_changes_what_is_editable_and_nothing_else(self):
+        self.log(1)
+        event_id = self.event_id()
+        before = self.ok("GET", f"/v1.0/events/{event_id}")
+        after = self.ok("PUT", f"/v1.0/events/{event_id}", {
+            "title": "Jobs", "public": True, "agent": "api", "unit": None, "event_id": UNKNOWN,
+            "event": "other.name", "user_id": "x", "created_at": "x", "share_token": "x"})
+        self.assertNotIn(after["share_token"], (None, "x"))
+        self.assertEqual(after, {**before, "title": "Jobs", "public": True, "agent": "api",
+                                 "share_token": after["share_token"]})
+        self.assertEqual(self.ok("GET", f"/v1.0/events/{event_id}"), after)
+        self.log(2, agent="api")  # the definition answers to its new name only
+        self.log(3)
+        self.assertEqual([e["agent"] for e in self.ok("GET", "/v1.0/events")], ["api", ""])
+        self.assertEqual(self.rollups(event_id, "period=day")[0]["value"], 3)
+
+    def test_a_refused_put_changes_nothing(self):
+        self.log(1)
+        path = f"/v1.0/events/{self.event_id()}"
+        before = self.ok("GET", path)
+        self.assertEqual(self.call("PUT", path, {"title": "new", "timezone": "Mars/Base"})[0], 400)
+        self.assertEqual(self.ok("GET", path), before)
+
+    def test_rollups_sum_each_bucket_oldest_first(self):
+        for value, at in ((2, "10:29:59.999"), (3, "10:30:00"), (-5, "10:30:14"), (1, "09:59:59")):
+            self.log(value, agent="api", occurred_at=f"2026-03-04T{at}Z")
+        event_id = self.event_id(agent="api")
+        shape = {"event_id": event_id, "agent": "api", "event": "jobs.done"}
+        expected = {
+            "minute": [("09:59:00", [1]), ("10:29:00", [2]), ("10:30:00", [3, -5])],
+            "hour": [("09:00:00", [1]), ("10:00:00", [2, 3, -5])],
+            "day": [("00:00:00", [1, 2, 3, -5])],
+        }
+        for period, rows in expected.items():
+            answer = self.rollups(event_id, f"period={period}")
+            for row in answer:
+                row["occurred_at"] = row["occurred_at"].replace("+00:00", "Z")
+            self.assertEqual(answer, [
+                {**shape, "period": period, "occurred_at": f"2026-03-04T{at}Z",
+                 "count": len(values), "value": sum(values), "squares": sum(v * v for v in values),
+                 "min": min(values), "max": max(values)} for at, values in rows])
+
+    def test_rollups_are_paged_by_limit_and_offset(self):
+        for minute in range(120):
+            self.log(minute, occurred_at=self.at(minutes=minute - 120))
+        event_id = self.event_id()
+        for query, values in (("", range(100)), ("&offset=100", range(100, 120)),
+                              ("&limit=2&offset=3", range(3, 5)), ("&limit=0", ()),
+                              ("&limit=500&offset=120", ())):
+            rows = self.rollups(event_id, "period=minute" + query)
+            self.assertEqual([row["value"] for row in rows], [*values], query)
+
+    def test_day_rollups_follow_the_timezone_of_the_definition(self):
+        try:
+            chirrop._sandbox_zone("America/New_York")
+        except Exception:
+            self.skipTest("no time zone database here")
+        self.now = datetime(2026, 3, 9, 12, tzinfo=timezone.utc)  # clocks changed on the 8th
+        for at in ("07T04:59", "07T05:00", "08T04:59", "08T05:00", "09T03:59", "09T04:00"):
+            self.log(1, occurred_at=f"2026-03-{at}:00Z")
+        event_id = self.event_id()
+        days = lambda: [(row["occurred_at"][8:16], row["count"])
+                        for row in self.rollups(event_id, "period=day")]
+        self.assertEqual(days(), [("07T00:00", 2), ("08T00:00", 2), ("09T00:00", 2)])
+        self.ok("PUT", f"/v1.0/events/{event_id}", {"timezone": "America/New_York"})
+        self.assertEqual(days(), [("06T05:00", 1), ("07T05:00", 2), ("08T05:00", 2), ("09T04:00", 1)])
+
+    def test_sums_beyond_the_range_of_floats_stay_json(self):
+        self.log(1.7e308, 1.7e308, 10 ** 300)
+        event_id = self.event_id()
+        [row] = self.rollups(event_id, "period=day")
+        self.assertGreater(row["value"], 1.7e308)
+        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics"
+                              "?view=window&period=1h&previous=previous_window")["data"]
+        self.assertEqual(data["current_count"], 3)
+
+    def test_what_it_hands_out_are_copies(self):
+        self.log(1, meta={"list": [1]})
+        self.sandbox.logs[0]["meta"]["list"].append(2)
+        self.sandbox.logs.clear()
+        self.sandbox.requests[0]["body"][0]["meta"]["list"].append(3)
+        self.assertEqual(self.sandbox.logs[0]["meta"], {"list": [1]})
+        self.assertEqual(self.sandbox.requests[0]["body"][0]["meta"], {"list": [1]})
+
+    def test_requests_are_recorded_without_the_key(self):
+        self.log(1)
+        self.call("GET", "/v1.0/alerts?status=triggered&x=%20", auth="Bearer chp_canary")
+        self.call("POST", "/v1.0/logs", b"{", auth=None)
+        self.assertEqual(self.sandbox.requests, [
+            {"method": "POST", "path": "/v1.0/logs", "query": {}, "status": 200,
+             "body": [{"event": "jobs.done", "value": 1}]},
+            {"method": "GET", "path": "/v1.0/alerts", "status": 200, "body": None,
+             "query": {"status": "triggered", "x": " "}},
+            {"method": "POST", "path": "/v1.0/logs", "query": {}, "status": 401, "body": None}])
+        self.assertNotIn("canary", repr(self.sandbox.requests))
+
+    def test_reset_forgets_logs_resources_faults_and_predicates(self):
+        self.log(1)
+        self.policy()
+        self.sandbox.fail(None, status=500)
+        self.sandbox.reject(lambda log: True)
+        self.sandbox.reset()
+        self.assertEqual((self.sandbox.logs, self.sandbox.requests), ([], []))
+        self.assertEqual([self.ok("GET", f"/v1.0/{kind}") for kind in
+                          ("events", "policies", "alerts", "destinations")], [[], [], [], []])
+        self.log(1)
+
+    def test_threads_lose_nothing_and_raise_one_alert(self):
+        self.log(1)
+        self.policy()
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=lambda: [self.log(1) for _ in range(25)])
+                   for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        self.assertEqual(len(self.sandbox.logs), 201)
+        self.assertEqual(self.rollups(self.event_id(), "period=hour")[0]["count"], 201)
+        self.assertEqual(len(self.ok("GET", "/v1.0/alerts")), 1)
+
+
+class SandboxAnalyticsTest(SandboxCase):
+    spans = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7),
+             "1m": timedelta(days=30)}
+    pairs = {"1h": ("previous_window", "previous_1d", "previous_7d", "previous_1m"),
+             "1d": ("previous_window", "previous_7d", "previous_1m"),
+             "7d": ("previous_window", "previous_1m"), "1m": ("previous_window",)}
+
+    def analytics(self, period, previous):
+        return self.call("GET", f"/v1.0/events/{self.event_id()}/analytics"
+                                f"?view=window&period={period}&previous={previous}")
+
+    def test_each_pair_compares_its_two_windows(self):
+        for period, previous in [(p, q) for p in self.pairs for q in self.pairs[p]]:
+            with self.subTest(period=period, previous=previous):
+                self.setUp()
+                span = self.spans[period]
+                shift = self.spans.get(previous.replace("previous_", ""), span)
+                self.now = self.start - shift - span
+                self.log(1000)  # the moment before the previous window
+                self.now = self.start - shift
+                self.log(1, 3)  # its last moment
+                self.now = self.start
+                self.log(5, 9, 10)
+                self.log(1000, occurred_at=self.at(seconds=1))
+                status, answer = self.analytics(period, previous)
+                self.assertEqual(status, 200, answer)
+                data = answer.pop("data")
+                self.assertEqual(answer, {"event_id": self.event_id(), "view": "window",
+                                          "period": period, "previous": previous})
+                self.assertAlmostEqual(data.pop("current_stddev"), 2.1602468994)
+                self.assertEqual(data, {
+                    "current_value": 24, "current_count": 3, "previous_value": 4,
+                    "previous_count": 2, "value_delta": 20, "count_delta": 1,
+                    "value_pct_change": 500, "count_pct_change": 50, "current_mean": 8,
+                    "previous_mean": 2, "mean_delta": 6, "mean_pct_change": 300,
+                    "previous_stddev": 1})
+
+    def test_all_other_pairs_are_refused(self):
+        self.log(1)
+        for period in self.pairs:
+            for previous in set(self.pairs["1h"]) - set(self.pairs[period]):
+                status, answer = self.analytics(period, previous)
+                self.assertEqual(status, 400, (period, previous))
+                self.assertIn(previous, answer["error"])
+
+    def test_data_is_null_where_both_windows_are_empty(self):
+        self.log(1, occurred_at=self.at(days=-20))
+        self.assertIsNone(self.analytics("1d", "previous_window")[1]["data"])
+
+    def test_no_change_is_a_percentage_of_nothing(self):
+        self.log(4, -4)
+        data = self.analytics("1h", "previous_window")[1]["data"]
+        self.assertEqual((data["previous_value"], data["previous_count"], data["previous_mean"],
+                          data["previous_stddev"], data["mean_delta"]), (0, 0, None, None, None))
+        self.assertEqual([data[f"{name}_pct_change"] for name in ("value", "count", "mean")],
+                         [None] * 3)
+
+    def test_a_rise_from_a_negative_value_is_a_rise(self):
+        self.log(-10, occurred_at=self.at(hours=-1))
+        self.log(-5)
+        self.assertEqual(self.analytics("1h", "previous_window")[1]["data"]["value_pct_change"], 50)
+
+
+class SandboxAlertTest(SandboxCase):
+    def alerts(self, query=""):
+        return self.ok("GET", "/v1.0/alerts" + query)
+
+    def deliveries(self, alert_id, query=""):
+        return self.ok("GET", f"/v1.0/alerts/{alert_id}/deliveries{query}")
+
+    def test_each_aggregate_is_what_the_condition_sees(self):
+        for aggregate, value in (("sum", 4), ("count", 2), ("average", 2), ("min", 1), ("max", 3),
+                                 ("p95_est", 3.645), ("p99_est", 4.326)):
+            with self.subTest(aggregate=aggregate):
+                self.setUp()
+                self.ok("POST", "/v1.0/events", {"event": "jobs.done"})
+                self.policy(aggregate=aggregate, condition="gte", threshold=value - 1e-9)
+                self.policy(aggregate=aggregate, condition="gte", threshold=value + 1e-9)
+                self.log(1, 3)
+                [alert] = self.alerts()
+                self.assertAlmostEqual(alert["value"], value)
+
+    def test_each_condition_below_at_and_above_its_threshold(self):
+        for condition, fires in (("gt", (0, 0, 1)), ("lt", (1, 0, 0)), ("eq", (0, 1, 0)),
+                                 ("gte", (0, 1, 1)), ("lte", (1, 1, 0))):
+            for value, expected in zip((4, 5, 6), fires):
+                self.setUp()
+                self.ok("POST", "/v1.0/events", {"event": "jobs.done"})
+                self.policy(condition=condition, threshold=5)
+                self.log(value)
+                self.assertEqual(len(self.alerts()), expected, (condition, value))
+
+    def test_a_policy_raises_one_alert_for_a_bucket(self):
+        self.log(1)
+        self.policy(threshold=10)
+        self.log(9)
+        self.assertEqual(self.alerts(), [])
+        self.log(1)
+        self.log(1)
+        self.assertEqual([alert["value"] for alert in self.alerts()], [11])
+        self.log(11, occurred_at=self.at(hours=-1))
+        self.now += timedelta(hours=1)
+        self.log(11)
+        self.assertEqual(len(self.alerts()), 3)
+
+    def test_a_policy_sees_its_own_event_and_only_while_enabled(self):
+        self.log(1)
+        policy = self.policy(enabled=False)
+        self.log(1)
+        self.log(1, agent="other")
+        self.assertEqual(self.alerts(), [])
+        self.ok("PUT", f"/v1.0/policies/{policy['policy_id']}", {"enabled": True})
+        self.log(1, agent="other")
+        self.assertEqual(self.alerts(), [])
+        self.log(1)
+        self.assertEqual(len(self.alerts()), 1)
+
+    def test_an_old_bucket_is_left_alone_by_a_later_policy(self):
+        self.log(100, occurred_at=self.at(days=-2))
+        self.policy(threshold=50)
+        self.log(1)
+        self.assertEqual(self.alerts(), [])
+
+    def test_an_alert_says_which_rule_fired_and_what_it_saw(self):
+        self.log(1, agent="api")
+        policy = self.policy(event_id=self.event_id(agent="api"), title="Too many", channel="team",
+                             threshold=2.5, severity="critical", description="long")
+        self.log(4, agent="api")
+        [alert] = self.alerts()
+        self.assertEqual(alert, {
+            **{name: policy[name] for name in ("policy_id", "event_id", "title", "channel", "period",
+                                               "aggregate", "condition", "threshold", "severity")},
+            "alert_id": alert["alert_id"], "agent": "api", "event": "jobs.done",
+            "status": "triggered", "value": 5, "count": 2, "min": 1, "max": 4,
+            "triggered_at": alert["triggered_at"], "acknowledged_at": None, "resolved_at": None})
+
+    def test_policy_defaults_and_partial_put(self):
+        self.log(1)
+        policy = self.policy()
+        self.assertEqual({name: policy[name] for name in ("title", "channel", "severity", "enabled")},
+                         {"title": "", "channel": "ops", "severity": "warning", "enabled": True})
+        path = f"/v1.0/policies/{policy['policy_id']}"
+        changed = self.ok("PUT", path, {"threshold": 7, "policy_id": UNKNOWN})
+        self.assertEqual(changed, {**policy, "threshold": 7})
+        self.assertEqual((self.ok("GET", path), self.ok("GET", "/v1.0/policies")), (changed, [changed]))
+
+    def test_every_step_of_the_lifecycle_from_every_status(self):
+        reach = {"triggered": [], "acknowledged": ["acknowledge"], "resolved": ["resolve"],
+                 "archived": ["archive"]}
+        allowed = {"acknowledge": {"triggered", "acknowledged"}, "archive": set(reach),
+                   "resolve": {"triggered", "acknowledged", "resolved"}}
+        becomes = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
+        self.log(1)
+        for status, verbs in reach.items():
+            for verb in allowed:
+                with self.subTest(status=status, verb=verb):
+                    self.policy()
+                    self.now += timedelta(hours=1)
+                    self.log(1)
+                    path = f"/v1.0/alerts/{self.alerts()[-1]['alert_id']}"
+                    for step in verbs:
+                        self.ok("POST", f"{path}/{step}")
+                    code, answer = self.call("POST", f"{path}/{verb}")
+                    ok = status in allowed[verb]
+                    self.assertEqual(code, 200 if ok else 422, answer)
+                    self.assertEqual(self.ok("GET", path)["status"], becomes[verb] if ok else status)
+
+    def test_repeating_a_step_keeps_its_first_time(self):
+        self.log(1)
+        self.policy()
+        self.log(1)
+        path = f"/v1.0/alerts/{self.alerts()[0]['alert_id']}/acknowledge"
+        first = self.ok("POST", path)
+        self.assertIsNotNone(first["acknowledged_at"])
+        self.now += timedelta(hours=1)
+        self.assertEqual(self.ok("POST", path), first)
+
+    def test_deliveries_go_to_enabled_destinations_in_scope(self):
+        self.log(1)
+        policy_id, other = self.policy()["policy_id"], self.policy(period="day")["policy_id"]
+        make = lambda **fields: self.ok("POST", "/v1.0/destinations", {**SLACK, **fields})
+        meant = [make()["destination_id"],
+                 make(scope="policies", policy_ids=[policy_id])["destination_id"]]
+        make(enabled=False)
+        make(scope="policies")
+        make(scope="policies", policy_ids=[other])
+        self.log(1)
+        [alert] = [alert for alert in self.alerts() if alert["policy_id"] == policy_id]
+        rows = self.deliveries(alert["alert_id"])
+        self.assertEqual([row["destination_id"] for row in rows], meant)
+        self.assertEqual(rows[0], {
+            "attempt_id": rows[0]["attempt_id"], "alert_id": alert["alert_id"],
+            "destination_id": meant[0], "channel": "slack", "target": SLACK["url"],
+            "status": "sent", "response_status": 200, "error_message": None,
+            "created_at": alert["triggered_at"]})
+        self.assertEqual(self.deliveries(alert["alert_id"], "?limit=1&offset=1"), rows[1:])
+        self.assertEqual(self.deliveries(alert["alert_id"], "?kind=test"), [])
+        self.assertEqual(self.deliveries(alert["alert_id"], "?kind=all"), rows)
+        destination = self.ok("GET", f"/v1.0/destinations/{meant[0]}")
+        self.assertEqual(destination["last_delivered_at"], alert["triggered_at"])
+
+    def test_a_test_is_recorded_under_the_alert_id_it_answers(self):
+        destination_id = self.ok("POST", "/v1.0/destinations", SLACK)["destination_id"]
+        answer = self.ok("POST", f"/v1.0/destinations/{destination_id}/test")
+        self.assertEqual((set(answer), answer["destination_id"], answer["status"]),
+                         ({"alert_id", "destination_id", "status"}, destination_id, "sent"))
+        [row] = self.deliveries(answer["alert_id"], "?kind=test")
+        self.assertEqual(row["destination_id"], destination_id)
+        self.assertEqual(self.deliveries(answer["alert_id"], "?kind=all"), [row])
+        self.assertEqual(self.deliveries(answer["alert_id"]), [])
+        self.assertEqual(self.alerts(), [])
+
+    def test_each_channel_with_what_it_needs(self):
+        for channel, fields, target in (
+                ("slack", {"url": "https://a/b"}, "https://a/b"),
+                ("discord", {"url": "https://a/b"}, "https://a/b"),
+                ("webhook", {"url": "http://a", "credentials": {"authorization": "x"}}, "http://a"),
+                ("telegram", {"credentials": {"bot_token": "b", "chat_id": 5}}, "5"),
+                ("email", {}, "")):
+            with self.subTest(channel=channel):
+                made = self.ok("POST", "/v1.0/destinations", {"channel": channel, **fields})
+                self.assertEqual({**made, **fields}, made)
+                tested = self.ok("POST", f"/v1.0/destinations/{made['destination_id']}/test")
+                [row] = self.deliveries(tested["alert_id"], "?kind=test")
+                self.assertEqual((row["channel"], row["target"]), (channel, target))
+
+    def test_a_destination_is_changed_in_part_and_checked_as_a_whole(self):
+        made = self.ok("POST", "/v1.0/destinations", SLACK)
+        self.assertEqual({**made, "enabled": True, "scope": "all", "policy_ids": [],
+                          "credentials": {}, "last_error": None, "last_delivered_at": None}, made)
+        path = f"/v1.0/destinations/{made['destination_id']}"
+        self.ok("POST", path + "/test")
+        made = self.ok("GET", path)
+        self.assertIsNotNone(made["last_delivered_at"])
+        self.now += timedelta(hours=1)
+        changed = self.ok("PUT", path, {"enabled": False, "destination_id": UNKNOWN, "last_error": "x"})
+        self.assertEqual(changed, {**made, "enabled": False, "updated_at": changed["updated_at"]})
+        self.assertNotEqual(changed["updated_at"], made["updated_at"])
+        for body in ({"channel": "telegram"}, {"url": " "}):
+            self.assertEqual(self.call("PUT", path, body)[0], 400, body)
+        self.assertEqual(self.ok("GET", "/v1.0/destinations"), [changed])
+
+
+def _many(count):
+    return [{"event": "a", "value": 1}] * count
+
+
+def _one(**fields):
+    return [{"event": "a", "value": 1}, {"event": "a", "value": 1, **fields}]
+
+
+def _policy(**fields):
+    return {"event_id": "{event}", "period": "hour", "aggregate": "sum", "condition": "gt",
+            "threshold": 1, **fields}
+
+
+ANALYTICS = "/v1.0/events/{event}/analytics?"
+# rule, method, path, body, status, words of the error
+SANDBOX_RULES = [
+    ("logs: not JSON", "POST", "/v1.0/logs", b"[{", 400, "JSON"),
+    ("logs: not UTF-8", "POST", "/v1.0/logs", b'["\xff"]', 400, "JSON"),
+    ("logs: NaN is not JSON", "POST", "/v1.0/logs", b'[{"event":"a","value":NaN}]', 400, "JSON"),
+    ("logs: lone surrogate", "POST", "/v1.0/logs", b'[{"event":"\\ud800","value":1}]', 400, "JSON"),
+    ("logs: too deep", "POST", "/v1.0/logs", b"[" * 200_000, 400, "JSON"),
+    ("logs: empty body", "POST", "/v1.0/logs", b"", 400, "array"),
+    ("logs: not an array", "POST", "/v1.0/logs", {"event": "a", "value": 1}, 400, "array"),
+    ("logs: none", "POST", "/v1.0/logs", [], 400, "250"),
+    ("logs: 251", "POST", "/v1.0/logs", _many(251), 400, "250"),
+    ("logs: not an object", "POST", "/v1.0/logs", _many(1) + [5], 400, "log 1"),
+    ("logs: no event", "POST", "/v1.0/logs", [{"value": 1}], 400, "log 0 event"),
+    ("logs: event not text", "POST", "/v1.0/logs", _one(event=5), 400, "log 1 event"),
+    ("logs: event blank", "POST", "/v1.0/logs", _one(event=" \t"), 400, "log 1 event"),
+    ("logs: no value", "POST", "/v1.0/logs", [{"event": "a"}], 400, "log 0 value"),
+    ("logs: value null", "POST", "/v1.0/logs", _one(value=None), 400, "log 1 value"),
+    ("logs: value text", "POST", "/v1.0/logs", _one(value="1"), 400, "log 1 value"),
+    ("logs: value bool", "POST", "/v1.0/logs", _one(value=True), 400, "log 1 value"),
+    ("logs: value huge", "POST", "/v1.0/logs", _one(value=10 ** 400), 400, "log 1 value"),
+    ("logs: agent not text", "POST", "/v1.0/logs", _one(agent=5), 400, "log 1 agent"),
+    ("logs: log_id not a UUID", "POST", "/v1.0/logs", _one(log_id="abc"), 400, "log 1 log_id"),
+    ("logs: log_id not text", "POST", "/v1.0/logs", _one(log_id=5), 400, "log 1 log_id"),
+    ("logs: meta 1,025 bytes", "POST", "/v1.0/logs", _one(meta="é" * 511 + "x"), 400, "log 1 meta"),
+    ("logs: meta 11 keys", "POST", "/v1.0/logs", _one(meta={str(n): 1 for n in range(11)}),
+     400, "log 1 meta"),
+    ("logs: time not ISO", "POST", "/v1.0/logs", _one(occurred_at="now"), 400, "log 1 occurred_at"),
+    ("logs: time a number", "POST", "/v1.0/logs", _one(occurred_at=5), 400, "log 1 occurred_at"),
+    ("logs: too old", "POST", "/v1.0/logs", _one(occurred_at="2026-02-02T10:30:14Z"), 400,
+     "log 1 occurred_at"),
+    ("logs: too early", "POST", "/v1.0/logs", _one(occurred_at="2026-03-05T10:30:16Z"), 400,
+     "log 1 occurred_at"),
+    ("events: not JSON", "POST", "/v1.0/events", b"{", 400, "JSON"),
+    ("events: not an object", "POST", "/v1.0/events", [], 400, "object"),
+    ("events: no event", "POST", "/v1.0/events", {"title": "x"}, 400, "event"),
+    ("events: event blank", "POST", "/v1.0/events", {"event": " "}, 400, "event"),
+    ("events: event not text", "POST", "/v1.0/events", {"event": 5}, 400, "event"),
+    ("events: public not bool", "POST", "/v1.0/events", {"event": "b", "public": 1}, 400, "public"),
+    ("events: title not text", "PUT", "/v1.0/events/{event}", {"title": 5}, 400, "title"),
+    ("events: timezone unknown", "POST", "/v1.0/events", {"event": "b", "timezone": "Mars/Base"},
+     400, "timezone"),
+    ("events: timezone a path", "PUT", "/v1.0/events/{event}", {"timezone": "../etc/passwd"},
+     400, "timezone"),
+    ("events: timezone a folder", "PUT", "/v1.0/events/{event}", {"timezone": "America"},
+     400, "timezone"),
+    ("events: exists", "POST", "/v1.0/events", {"event": "jobs.done", "agent": ""}, 422, "already"),
+    ("events: renamed to another", "PUT", "/v1.0/events/{event}", {"agent": "taken"}, 422, "already"),
+    ("events: id not a UUID", "GET", "/v1.0/events/evt_123", None, 400, "UUID"),
+    ("events: id empty", "GET", "/v1.0/events/", None, 400, "UUID"),
+    ("events: id unknown", "GET", "/v1.0/events/" + UNKNOWN, None, 404, UNKNOWN),
+    ("events: id unknown, PUT", "PUT", "/v1.0/events/" + UNKNOWN, {}, 404, UNKNOWN),
+    ("rollups: no period", "GET", "/v1.0/events/{event}/logs", None, 400, "period minute hour day"),
+    ("rollups: period", "GET", "/v1.0/events/{event}/logs?period=week", None, 400, "period"),
+    ("rollups: limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=-1", None, 400, "limit"),
+    ("rollups: blank limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=", None, 400, "limit"),
+    ("rollups: limit huge", "GET", "/v1.0/events/{event}/logs?period=day&limit=" + "9" * 5000, None,
+     400, "limit"),
+    ("rollups: offset", "GET", "/v1.0/events/{event}/logs?period=day&offset=x", None, 400, "offset"),
+    ("rollups: id not a UUID", "GET", "/v1.0/events/x/logs?period=day", None, 400, "UUID"),
+    ("rollups: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/logs?period=day", None, 404, UNKNOWN),
+    ("analytics: no view", "GET", ANALYTICS + "period=1h&previous=previous_1d", None, 400, "view"),
+    ("analytics: view", "GET", ANALYTICS + "view=day&period=1h&previous=previous_1d", None,
+     400, "view window"),
+    ("analytics: no period", "GET", ANALYTICS + "view=window&previous=previous_1d", None,
+     400, "period 7d"),
+    ("analytics: period", "GET", ANALYTICS + "view=window&period=2h&previous=previous_1d", None,
+     400, "period 7d"),
+    ("analytics: no previous", "GET", ANALYTICS + "view=window&period=1h", None,
+     400, "previous previous_1m"),
+    ("analytics: previous", "GET", ANALYTICS + "view=window&period=1h&previous=1d", None,
+     400, "previous previous_1m"),
+    ("analytics: pair", "GET", ANALYTICS + "view=window&period=1d&previous=previous_1d", None,
+     400, "previous_1d 1d"),
+    ("analytics: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/analytics", None, 404, UNKNOWN),
+    ("policies: not an object", "POST", "/v1.0/policies", "x", 400, "object"),
+    *((f"policies: no {name}", "POST", "/v1.0/policies", _policy(**{name: None}), 400, name)
+      for name in ("event_id", "period", "aggregate", "condition", "threshold")),
+    *((f"policies: {name}", "POST", "/v1.0/policies", _policy(**{name: wrong}), 400, name)
+      for name, wrong in (("period", "1h"), ("aggregate", "p50"), ("condition", "ne"),
+                          ("severity", "fatal"), ("threshold", "5"), ("threshold", True),
+                          ("threshold", 10 ** 400), ("enabled", "yes"), ("title", 5),
+                          ("channel", 5))),
+    ("policies: event_id not a UUID", "POST", "/v1.0/policies", _policy(event_id="evt_1"), 400, "UUID"),
+    ("policies: event_id unknown", "POST", "/v1.0/policies", _policy(event_id=UNKNOWN), 422, "event_id"),
+    ("policies: PUT period", "PUT", "/v1.0/policies/{policy}", {"period": "week"}, 400, "period"),
+    ("policies: PUT event_id", "PUT", "/v1.0/policies/{policy}", {"event_id": UNKNOWN}, 422, "event_id"),
+    ("policies: id not a UUID", "GET", "/v1.0/policies/pol_1", None, 400, "UUID"),
+    ("policies: id unknown", "GET", "/v1.0/policies/" + UNKNOWN, None, 404, UNKNOWN),
+    ("policies: id unknown, PUT", "PUT", "/v1.0/policies/" + UNKNOWN, {}, 404, UNKNOWN),
+    ("alerts: status", "GET", "/v1.0/alerts?status=open", None, 400, "status archived"),
+    ("alerts: blank status", "GET", "/v1.0/alerts?status=", None, 400, "status"),
+    ("alerts: id not a UUID", "GET", "/v1.0/alerts/alr_1", None, 400, "UUID"),
+    ("alerts: id unknown", "GET", "/v1.0/alerts/" + UNKNOWN, None, 404, UNKNOWN),
+    ("deliveries: kind", "GET", "/v1.0/alerts/{alert}/deliveries?kind=real", None, 400, "kind"),
+    ("deliveries: limit", "GET", "/v1.0/alerts/{alert}/deliveries?limit=1.5", None, 400, "limit"),
+    ("deliveries: offset", "GET", "/v1.0/alerts/{alert}/deliveries?offset=-1", None, 400, "offset"),
+    ("deliveries: id not a UUID", "GET", "/v1.0/alerts/x/deliveries", None, 400, "UUID"),
+    ("deliveries: id unknown", "GET", f"/v1.0/alerts/{UNKNOWN}/deliveries", None, 404, UNKNOWN),
+    *((f"alerts: {verb}, id unknown", "POST", f"/v1.0/alerts/{UNKNOWN}/{verb}", None, 404, UNKNOWN)
+      for verb in ("acknowledge", "resolve", "archive")),
+    *((f"alerts: {verb}, id not a UUID", "POST", f"/v1.0/alerts/x/{verb}", None, 400, "UUID")
+      for verb in ("acknowledge", "resolve", "archive")),
+    ("alerts: acknowledge after resolve", "POST", "/v1.0/alerts/{alert}/acknowledge", None,
+     422, "acknowledge resolved"),
+    ("destinations: not an object", "POST", "/v1.0/destinations", [SLACK], 400, "object"),
+    ("destinations: no channel", "POST", "/v1.0/destinations", {"url": "https://a"}, 400, "channel"),
+    ("destinations: channel", "POST", "/v1.0/destinations", {"channel": "sms"}, 400, "channel"),
+    *((f"destinations: {channel} without url", "POST", "/v1.0/destinations", {"channel": channel},
+       400, "url") for channel in ("slack", "discord", "webhook")),
+    *((f"destinations: url {url}", "POST", "/v1.0/destinations", {"channel": "webhook", "url": url},
+       400, "url") for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x")),
+    ("destinations: bot_token", "POST", "/v1.0/destinations",
+     {"channel": "telegram", "credentials": {"chat_id": "1"}}, 400, "bot_token"),
+    ("destinations: chat_id", "POST", "/v1.0/destinations",
+     {"channel": "telegram", "credentials": {"bot_token": "x", "chat_id": " "}}, 400, "chat_id"),
+    *((f"destinations: {name}", "POST", "/v1.0/destinations", {**SLACK, name: wrong}, 400, name)
+      for name, wrong in (("credentials", "x"), ("credentials", {"a": []}), ("scope", 1),
+                          ("policy_ids", "x"), ("enabled", 0), ("url", 5))),
+    ("destinations: policy_ids not UUIDs", "POST", "/v1.0/destinations",
+     {**SLACK, "policy_ids": ["pol_1"]}, 400, "UUID"),
+    ("destinations: policy_ids unknown", "POST", "/v1.0/destinations",
+     {**SLACK, "policy_ids": [UNKNOWN]}, 422, "policy_ids"),
+    ("destinations: PUT", "PUT", "/v1.0/destinations/{destination}", {"url": "x"}, 400, "url"),
+    ("destinations: id not a UUID", "GET", "/v1.0/destinations/dst_1", None, 400, "UUID"),
+    ("destinations: id unknown", "GET", "/v1.0/destinations/" + UNKNOWN, None, 404, UNKNOWN),
+    ("destinations: id unknown, PUT", "PUT", "/v1.0/destinations/" + UNKNOWN, {}, 404, UNKNOWN),
+    ("test: id not a UUID", "POST", "/v1.0/destinations/x/test", None, 400, "UUID"),
+    ("test: id unknown", "POST", f"/v1.0/destinations/{UNKNOWN}/test", None, 404, UNKNOWN),
+    ("no such route", "GET", "/v1.0/nothing", None, 404, "route"),
+    ("no such base", "GET", "/v2/events", None, 404, "route"),
+    ("no such verb", "POST", "/v1.0/alerts/{alert}/delete", None, 404, "route"),
+    ("wrong method", "DELETE", "/v1.0/events/{event}", None, 405, "method"),
+    ("wrong method, logs", "GET", "/v1.0/logs", None, 405, "method"),
+    ("wrong method, alerts", "POST", "/v1.0/alerts", {}, 405, "method"),
+]
+
+
+class SandboxRulesTest(SandboxCase):
+    """Each rule of the service that ends in a refusal, one row a rule."""
+
+    def state(self):
+        return [self.sandbox.logs, *(self.ok("GET", f"/v1.0/{kind}") for kind in
+                                     ("events", "policies", "alerts", "destinations"))]
+
+    def ids(self):
+        self.log(1)
+        self.log(1, agent="taken")
+        policy, destination = self.policy(), self.ok("POST", "/v1.0/destinations", SLACK)
+        self.log(1)
+        [alert] = self.ok("GET", "/v1.0/alerts")
+        self.ok("POST", f"/v1.0/alerts/{alert['alert_id']}/resolve")
+        return {"{event}": self.event_id(), "{policy}": policy["policy_id"],
+                "{alert}": alert["alert_id"], "{destination}": destination["destination_id"]}
+
+    def test_each_rule_is_refused_with_its_reason_and_changes_nothing(self):
+        ids = self.ids()
+        before = self.state()
+        for rule, method, path, body, status, words in SANDBOX_RULES:
+            body = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+            for name, item_id in ids.items():
+                path = path.replace(name, item_id)
+                body = body and body.replace(name.encode(), item_id.encode())
+            with self.subTest(rule=rule):
+                answer = self.call(method, path, body)
+                self.assertEqual(answer[0], status, answer)
+                self.assertEqual(set(answer[1]), {"error"})
+                for word in words.split():
+                    self.assertIn(word, answer[1]["error"])
+        self.assertEqual(self.state(), before)
+
+    def test_the_rows_are_refused_for_their_rule_alone(self):
+        ids = self.ids()
+        for method, path, body in (
+                ("POST", "/v1.0/logs", _one()), ("POST", "/v1.0/logs", _many(250)),
+                ("POST", "/v1.0/events", {"event": "b"}),
+                ("POST", "/v1.0/policies", _policy(event_id=ids["{event}"])),
+                ("POST", "/v1.0/destinations", SLACK),
+                ("GET", ANALYTICS.replace("{event}", ids["{event}"])
+                 + "view=window&period=1h&previous=previous_1d", None)):
+            self.ok(method, path, body)
+
+    def test_401_for_a_missing_or_bad_token_on_every_route(self):
+        for auth in (None, "", "chp_test", "Bearer", "Bearer ", "Bearer key", "Basic chp_test",
+                     "Bearer  chp_test"):
+            for method, path in (("POST", "/v1.0/logs"), ("GET", "/v1.0/events"),
+                                 ("PUT", "/v1.0/policies/x"), ("GET", "/v1.0/nothing")):
+                status, answer = self.call(method, path, _one(), auth=auth)
+                self.assertEqual((status, answer), (401, {"error": "invalid API key"}), auth)
+        self.assertEqual(self.sandbox.logs, [])
+
+    def test_with_a_key_of_its_own_any_other_is_401(self):
+        self.sandbox = Sandbox(key="chp_mine")
+        for auth, status in (("Bearer chp_mine", 200), ("bearer chp_mine", 200),
+                             ("Bearer chp_other", 401), ("Bearer chp_mine2", 401)):
+            self.assertEqual(self.call("GET", "/v1.0/events", auth=auth)[0], status, auth)
+
+    def test_one_bad_log_fails_the_whole_request(self):
+        self.assertEqual(self.call("POST", "/v1.0/logs", _many(249) + [{"event": ""}])[0], 400)
+        self.assertEqual(self.sandbox.logs, [])
+        self.assertEqual(self.ok("GET", "/v1.0/events"), [])
+
+    def test_a_rejected_log_is_named_by_its_id(self):
+        log_id = str(uuid.uuid4())
+        self.sandbox.reject(lambda log: log["value"] == 13)
+        status, answer = self.call("POST", "/v1.0/logs", _one(value=13, log_id=log_id))
+        self.assertEqual(status, 400)
+        self.assertIn(log_id, answer["error"])
+        self.assertEqual(self.sandbox.logs, [])
+        self.log(12)
+
+
+class SandboxFaultTest(SandboxCase):
+    def statuses(self, *calls):
+        return [self.call(*call)[0] for call in calls or [("GET", "/v1.0/events")] * 4]
+
+    def test_faults_meet_so_many_requests_in_the_order_of_scripting(self):
+        self.sandbox.fail(2, status=503)
+        self.sandbox.fail(status=429)
+        self.assertEqual(self.statuses(), [503, 503, 429, 200])
+
+    def test_faults_can_be_for_one_method_and_path(self):
+        self.sandbox.fail(method="POST", path="/v1.0/logs", status=500)
+        self.sandbox.fail(path="/policies", status=404)
+        self.sandbox.fail(0, status=418)
+        self.sandbox.fail(method="PUT", status=418)
+        self.assertEqual(self.statuses(
+            ("GET", "/v1.0/events"), ("GET", "/v1.0/policies"), ("POST", "/v1.0/logs", _one()),
+            ("POST", "/v1.0/logs", _one())), [200, 404, 500, 200])
+
+    def test_times_none_lasts_until_reset(self):
+        self.sandbox.fail(None, status=500)
+        self.assertEqual(self.statuses(), [500] * 4)
+        self.sandbox.reset()
+        self.assertEqual(self.statuses(), [200] * 4)
+
+    def test_a_scripted_status_takes_nothing_and_can_bring_body_and_headers(self):
+        headers = {"Authorization": "Bearer chp_x"}
+        for fields, expected in (
+                ({"status": 500}, (500, b'{"error":"scripted 500"}', {})),
+                ({"status": 302, "headers": {"Location": "http://b"}}, (302, b"", {"Location": "http://b"})),
+                ({"status": 500, "body": "plain é"}, (500, "plain é".encode(), {})),
+                ({"status": 200, "body": b"\xff"}, (200, b"\xff", {})),
+                ({"status": 500, "body": ""}, (500, b"", {})),
+                ({"status": 400, "body": {"message": "m"}}, (400, b'{"message":"m"}', {})),
+                ({"retry_after": 0}, (429, b'{"error":"scripted 429"}', {"Retry-After": "0"})),
+                ({"status": 503, "retry_after": 1.5}, (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"})),
+                ({}, (502, b'{"error":"scripted 502"}', {}))):
+            with self.subTest(fields=fields):
+                self.sandbox.fail(**fields)
+                body = json.dumps(_one()).encode()
+                status, content, extra = self.sandbox("POST", "http://a/v1.0/logs", body, headers, 1)
+                extra.pop("Content-Type", None)
+                self.assertEqual((status, content, extra), expected)
+        self.assertEqual(self.sandbox.logs, [])
+        self.assertEqual(self.sandbox.requests[0]["body"], _one())
+        self.assertEqual(self.sandbox.requests[0]["status"], 500)
+
+    def test_a_connection_dropped_before_or_after_taking_the_request(self):
+        for drop, taken in (("before", 0), ("after", 2)):
+            self.sandbox.reset()
+            self.sandbox.fail(drop=drop)
+            with self.assertRaises(ConnectionResetError):
+                self.call("POST", "/v1.0/logs", _one())
+            self.assertEqual(len(self.sandbox.logs), taken, drop)
+            self.assertEqual([r["status"] for r in self.sandbox.requests], [0])
+        with self.assertRaises(chirrop.ChirrOpValidationError):
+            self.sandbox.fail(drop="during")
+
+    def test_a_delay_is_slept_and_the_request_taken(self):
+        self.sandbox.fail(delay=3.0)
+        self.assertEqual(self.call("POST", "/v1.0/logs", _one(), timeout=4.0)[0], 200)
+        self.assertEqual((self.slept, len(self.sandbox.logs)), ([3.0], 2))
+
+    def test_a_delay_beyond_the_timeout_is_a_timeout_and_takes_nothing(self):
+        self.sandbox.fail(delay=3.0)
+        with self.assertRaises(TimeoutError):
+            self.call("POST", "/v1.0/logs", _one(), timeout=0.5)
+        self.assertEqual((self.slept, self.sandbox.logs), ([0.5], []))
+        self.assertEqual([r["status"] for r in self.sandbox.requests], [0])
+
+    def test_a_delay_holds_up_no_other_request(self):
+        asleep, wake = threading.Event(), threading.Event()
+        self.sandbox = Sandbox(sleep=lambda seconds: (asleep.set(), wake.wait(30)))
+        self.sandbox.fail(delay=5.0, path="/events")
+        slow = threading.Thread(target=self.call, args=("GET", "/v1.0/events"))
+        slow.start()
+        try:
+            self.assertTrue(asleep.wait(30))
+            self.assertEqual(self.call("GET", "/v1.0/policies")[0], 200)
+        finally:
+            wake.set()
+            slow.join(30)
+
+
+class SandboxFlowTest(SandboxCase):
+    """The round of a client of another make, which knows the contract alone."""
+
+    def test_the_whole_round(self):
+        self.log(2, 3, agent="api", meta={"host": "a"})
+        event_id = self.event_id(agent="api")
+        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics"
+                              "?view=window&period=1h&previous=previous_window")["data"]
+        self.assertEqual((data["current_value"], data["current_count"]), (5, 2))
+        policy = self.policy(event_id=event_id, threshold=10, severity="error", title="Slow")
+        destination = self.ok("POST", "/v1.0/destinations", {
+            **SLACK, "scope": "policies", "policy_ids": [policy["policy_id"]]})
+        test = self.ok("POST", f"/v1.0/destinations/{destination['destination_id']}/test")
+        attempts = self.ok("GET", f"/v1.0/alerts/{test['alert_id']}/deliveries?kind=test")
+        self.assertEqual([row["status"] for row in attempts], ["sent"])
+        self.log(6, agent="api")
+        [alert] = self.ok("GET", "/v1.0/alerts?status=triggered")
+        self.assertEqual((alert["policy_id"], alert["value"]), (policy["policy_id"], 11))
+        path = f"/v1.0/alerts/{alert['alert_id']}"
+        [delivery] = self.ok("GET", path + "/deliveries")
+        self.assertEqual(delivery["destination_id"], destination["destination_id"])
+        for verb, status in (("acknowledge", "acknowledged"), ("resolve", "resolved"),
+                             ("archive", "archived")):
+            self.assertEqual(self.ok("POST", f"{path}/{verb}")["status"], status)
+            self.assertEqual(len(self.ok("GET", f"/v1.0/alerts?status={status}")), 1)
+        final = self.ok("GET", path)
+        self.assertTrue(final["acknowledged_at"] and final["resolved_at"])
+        self.assertEqual(self.ok("GET", "/v1.0/alerts?status=triggered"), [])
+
+
+class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
+    """The same round and the same rules over HTTP, on one kept connection."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = chirrop._serve_sandbox(self.served())
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(thread.join, 30)
+        self.addCleanup(self.server.shutdown)
+        self.connection = http.client.HTTPConnection(*self.server.server_address, timeout=30)
+        self.addCleanup(self.connection.close)
+
+    def served(self):
+        """Return a transport that asks for the sandbox of the moment: tests replace it."""
+        return lambda *request: self.sandbox(*request)
+
+    def exchange(self, method, path, body, headers, timeout):
+        self.connection.request(method, path, body, headers)
+        answer = self.connection.getresponse()
+        return answer.status, answer.read(), dict(answer.headers)
+
+    def test_it_listens_on_loopback_only(self):
+        self.assertEqual(self.server.server_address[0], "127.0.0.1")
+
+    def test_one_connection_serves_many_requests(self):
+        self.log(1)
+        first = self.connection.sock
+        self.assertEqual(self.call("GET", "/v1.0/nothing")[0], 404)
+        self.log(2)
+        self.assertIsNotNone(first)
+        self.assertIs(self.connection.sock, first)
+
+    def test_an_empty_answer_says_its_length(self):
+        headers = {"Authorization": "Bearer chp_x"}
+        status, content, answered = self.exchange("POST", "/v1.0/logs", b'[{"event":"a","value":1}]',
+                                                  headers, 1)
+        self.assertEqual((status, content, answered["Content-Length"]), (200, b"", "0"))
+
+    def test_a_dropped_connection_brings_no_answer(self):
+        for drop, taken in (("before", 0), ("after", 2)):
+            self.sandbox.reset()
+            self.sandbox.fail(drop=drop)
+            with self.assertRaises(ConnectionResetError):
+                self.call("POST", "/v1.0/logs", _one())
+            self.connection.close()
+            self.assertEqual(len(self.sandbox.logs), taken)
+            self.log(1)
+
+    def test_scripted_headers_and_delays_are_served(self):
+        self.sandbox.fail(retry_after=7, delay=2.0)
+        headers = {"Authorization": "Bearer chp_x"}
+        status, _, answered = self.exchange("GET", "/v1.0/events", None, headers, 1)
+        self.assertEqual((status, answered["Retry-After"], self.slept), (429, "7", [2.0]))
+
+    def test_a_body_of_unclear_length_is_400(self):
+        for name, value in (("Content-Length", "x"), ("Content-Length", "-1"),
+                            ("Content-Length", "1.5"), ("Transfer-Encoding", "chunked")):
+            self.connection.putrequest("POST", "/v1.0/logs")
+            self.connection.putheader(name, value)
+            self.connection.endheaders()
+            answer = self.connection.getresponse()
+            self.assertEqual((answer.status, answer.getheader("Connection")), (400, "close"))
+            self.assertIn("error", json.loads(answer.read()))
+            self.connection.close()
+        self.assertEqual(self.sandbox.requests, [])
+
+    def test_a_body_too_large_is_413_also_for_a_client_that_sends_it_all(self):
+        for length, body in ((16 * 1024 * 1024 + 1, b"x" * (16 * 1024 * 1024 + 1)), (10 ** 30, b"")):
+            self.connection.putrequest("POST", "/v1.0/logs")
+            self.connection.putheader("Content-Length", str(length))
+            self.connection.endheaders(body)
+            answer = self.connection.getresponse()
+            self.assertEqual(answer.status, 413)
+            self.assertIn("error", json.loads(answer.read()))
+            self.connection.close()
+
+    def test_a_body_cut_short_is_not_taken(self):
+        self.connection.putrequest("POST", "/v1.0/logs")
+        self.connection.putheader("Authorization", "Bearer chp_x")
+        self.connection.putheader("Content-Length", "1000")
+        self.connection.endheaders(b'[{"event":"a","value":1}]')
+        self.connection.sock.shutdown(1)
+        with self.assertRaises(ConnectionResetError):
+            self.connection.getresponse()
+        self.connection.close()
+        self.assertEqual(self.sandbox.requests, [])
+
+    def test_a_client_that_hangs_up_leaves_no_trace_on_stderr(self):
+        entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+        def hold(*request):
+            entered.set()
+            leave.wait(30)
+            return 200, b"x" * 10_000_000, {}
+
+        shut = self.server.shutdown_request
+        self.server.shutdown_request = lambda request: (shut(request), left.set())
+        self.sandbox = hold
+        with redirect_stderr(io.StringIO()) as stderr:
+            with socket.create_connection(self.server.server_address, 30) as client:
+                client.sendall(b"GET /v1.0/events HTTP/1.1\r\n\r\n")
+                self.assertTrue(entered.wait(30))
+            leave.set()
+            self.assertTrue(left.wait(30))
+        self.assertEqual(stderr.getvalue(), "")
 
 
