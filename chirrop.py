@@ -907,8 +907,7 @@ _SQL_ADOPT = "UPDATE owners SET holder = ? WHERE id = ?"
 _SQL_RELEASE = "UPDATE owners SET holder = NULL WHERE holder = ?"
 _SQL_FORGET = (
     "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"
-    f" (SELECT 1 FROM logs WHERE logs.id >> {_OWNER_BITS} = owners.id"
-    f" AND logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
+    f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
 )
 
 _abandoned: list[Any] = []  # SQLite connections of a parent process: closing them here would harm the parent
@@ -1046,6 +1045,8 @@ class SqliteSpool:
         if rows:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
+            if self._usable():
+                return [], []  # what is in the inbox now will be committed by the thread that put it there
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
     def adopt(self) -> None:
@@ -1097,7 +1098,9 @@ class SqliteSpool:
 
     def _usable(self) -> bool:
         """Tell whether the file can be used now, opening it if need be."""
-        if self._conn is None and not self._closed and time.monotonic() >= self._retry_at:
+        if self._closed or time.monotonic() < self._retry_at:
+            return False
+        if self._conn is None:
             try:
                 self._open()
             except Exception as exc:
@@ -1186,7 +1189,7 @@ class SqliteSpool:
             version = conn.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _SPOOL_VERSION):
                 raise ValueError(f"it has the unknown schema version {version}")
-            conn.execute("PRAGMA journal_mode = WAL")
+            self._set_wal(conn)
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
             # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
             conn.execute("BEGIN IMMEDIATE")
@@ -1207,6 +1210,18 @@ class SqliteSpool:
         self._conn = conn
         self._retry_at = 0.0
 
+    def _set_wal(self, conn: Any) -> None:
+        """Switch to WAL mode; while another process does the same, SQLite refuses without waiting."""
+        deadline = time.monotonic() + 5.0
+        while True:
+            try:
+                conn.execute("PRAGMA journal_mode = WAL")
+                return
+            except self._sqlite3.OperationalError as exc:
+                if "locked" not in str(exc) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+
     def _take_over(self, conn: Any, opening: bool = False) -> None:
         """Make ours what dead processes hold; when opening also what closed ones left, parked logs included."""
         for owner, holder in conn.execute(_SQL_OWNERS, (self._holder,)).fetchall():
@@ -1225,9 +1240,16 @@ class SqliteSpool:
             fd = _lock_file(name)
         except OSError:
             return False
-        os.unlink(name)
-        os.close(fd)
+        self._unlock(name, fd)
         return True
+
+    @staticmethod
+    def _unlock(name: str, fd: int) -> None:
+        try:
+            os.unlink(name)  # before the lock is given up: nobody else must find the file and lock it
+        except OSError:
+            pass  # Windows cannot; the next client that looks finds nobody alive all the same
+        os.close(fd)
 
     def _release(self, conn: Any) -> None:
         conn.execute(_SQL_RELEASE, (self._holder,))
@@ -1241,11 +1263,7 @@ class SqliteSpool:
                 pass
             self._conn = None
         if self._guard >= 0:
-            try:
-                os.unlink(f"{self.path}-{self._holder}.lock")
-            except OSError:
-                pass
-            os.close(self._guard)
+            self._unlock(f"{self.path}-{self._holder}.lock", self._guard)
             self._guard = -1
 
     def _degrade(self, exc: Exception) -> None:
@@ -1263,8 +1281,6 @@ class SqliteSpool:
         )
         if damaged:
             self._set_aside()
-        elif "locked" in text:
-            return  # another process is busy; the next call tries again
         self._retry_at = 0.0 if damaged and not self._warned else time.monotonic() + SPOOL_RETRY_SECONDS
         if not self._warned:
             self._warned = True
@@ -2004,10 +2020,12 @@ class _Sender:
             return not self.outbox.held()
         deadline = math.inf if timeout is None else self._clock() + timeout
         flush = self.outbox.begin_flush(self._clock())
-        if not flush.done:
-            self.rouse()
-            self._wait(flush, deadline)
-        self.outbox.end_flush(flush)
+        try:
+            if not flush.done:
+                self.rouse()
+                self._wait(flush, deadline)
+        finally:
+            self.outbox.end_flush(flush)
         self.report.write()
         return flush.done and flush.clean
 
@@ -2077,6 +2095,8 @@ def _at_exit() -> None:
     """Close all open clients within one deadline; starts no thread, which 3.12 forbids at this point."""
     global _exiting
     _exiting = True
+    if any(sender.pid != os.getpid() for sender in _open_senders):
+        _after_fork()
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
     for sender in senders:
@@ -2471,9 +2491,7 @@ class Client:
             raise ChirrOpValidationError(f"entry must be a Log, got {_show(entry)}")
         if self.config.disabled:
             return
-        sender = self._sender
-        if sender.pid != os.getpid():
-            _after_fork()  # a fork that did not run Python's hooks
+        sender = self._here()
         late = self._outbox.put(entry._body, 0.0 if threading.get_ident() in sender._inside else self.config.timeout)
         if late:
             sender.report.late(late)
@@ -2494,7 +2512,7 @@ class Client:
         limit = None if timeout is None else _seconds("timeout", timeout)
         if self.config.disabled:
             return True
-        return self._sender.flush(limit)
+        return self._here().flush(limit)
 
     def close(self, timeout: float | None = None) -> bool:
         """Flush, then end the threads and close the connections; further logs are dropped and reported.
@@ -2509,7 +2527,7 @@ class Client:
             True only if everything was delivered.
         """
         limit = None if timeout is None else _seconds("timeout", timeout)
-        return self._sender.close(limit)
+        return self._here().close(limit)
 
     def shutdown(self) -> bool:
         """Do the same as close()."""
@@ -2542,7 +2560,13 @@ class Client:
 
     def stats(self) -> Stats:
         """Return the account of this client's logs at this moment; see Stats. Does not block."""
-        return self._outbox.stats()
+        return self._here().outbox.stats()
+
+    def _here(self) -> _Sender:
+        """Return the sender, which starts anew in a child of a fork that did not run Python's hooks."""
+        if self._sender.pid != os.getpid():
+            _after_fork()
+        return self._sender
 
     def timer(self, event: str, agent: str | None = None, meta: dict[str, Any] | None = None) -> _Timer:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
@@ -3022,8 +3046,7 @@ def new_client(config: Config | None = None, *, api_key: str | None = None, **fi
 class ChirrOp:
     """The global client: initialize it once, log from anywhere, stop it at the end."""
 
-    _client: Client | None = None
-    _lock = threading.Lock()  # two threads may initialize at once
+    _slot: dict[str, Client] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
 
     @classmethod
     def initialize(cls, config: Config | None = None, **fields: Any) -> Client:
@@ -3035,17 +3058,17 @@ class ChirrOp:
         """
         if isinstance(fields.get("api_key"), str):
             fields["api_key"] = _Secret(fields["api_key"])
-        with cls._lock:
-            if cls._client is not None:
-                raise ChirrOpError("ChirrOp SDK is already initialized")
-            cls._client = new_client(config, **fields)
-            return cls._client
+        client = None if cls._slot else new_client(config, **fields)
+        if client is None or cls._slot.setdefault("client", client) is not client:
+            raise ChirrOpError("ChirrOp SDK is already initialized")
+        return client
 
     @classmethod
     def _get(cls) -> Client:
-        if cls._client is None:
-            raise ChirrOpError("ChirrOp SDK is not initialized. Please call initialize() first")
-        return cls._client
+        try:
+            return cls._slot["client"]
+        except KeyError:
+            raise ChirrOpError("ChirrOp SDK is not initialized. Please call initialize() first") from None
 
     @classmethod
     def log_event(cls, entry: Log) -> None:
@@ -3060,8 +3083,7 @@ class ChirrOp:
     @classmethod
     def stop(cls, timeout: float | None = None) -> bool:
         """Close the global client, see Client.close; True when there is none. It may be initialized anew."""
-        with cls._lock:
-            client, cls._client = cls._client, None
+        client = cls._slot.pop("client", None)
         return client.close(timeout) if client is not None else True
 
 

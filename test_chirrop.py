@@ -24,6 +24,7 @@ import queue
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import traceback
 import unittest
 import urllib.parse
 import uuid
+import zipfile
 from contextlib import redirect_stderr
 from datetime import datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
@@ -2527,3 +2529,239 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
         self.assertEqual(stderr.getvalue(), "")
 
 
+# ---- Portability ----------------------------------------------------------
+
+
+class PortabilityTest(TestCase):
+    """The ways in which the file is carried about: each in a process of its own, far from this folder."""
+
+    USE = (
+        "{name}; s = chirrop.Sandbox()\n"
+        "with chirrop.new_client(api_key='chp_x', transport=s) as c: c.log(chirrop.Log('a.b', 1))\n"
+        "print(len(s.logs), chirrop.__version__)\n"
+    )
+    FINE = f"1 {chirrop.__version__}\n"
+
+    def run_in(self, folder, code, *flags, **options):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        env.update(options.pop("env", {}))
+        done = subprocess.run([sys.executable, *flags, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=LONG)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stderr)
+        return done.stdout
+
+    def vendored(self):
+        folder = self.folder()
+        vendor = folder / "myapp" / "_vendor"
+        vendor.mkdir(parents=True)
+        for package in (vendor, vendor.parent):
+            (package / "__init__.py").write_text("")
+        shutil.copy(chirrop.__file__, vendor / "chirrop.py")
+        return folder
+
+    def test_it_works_inside_another_package(self):
+        code = self.USE.format(name="from myapp._vendor import chirrop")
+        self.assertEqual(self.run_in(self.vendored(), code, "-W", "error"), self.FINE)
+
+    def test_it_works_twice_under_two_names_in_one_process(self):
+        folder = self.vendored()
+        shutil.copy(chirrop.__file__, folder / "other.py")
+        code = self.USE.format(name="from myapp._vendor import chirrop") + self.USE.format(name="import other as chirrop")
+        code += "from myapp._vendor import chirrop as a; print(a.Log is chirrop.Log)"
+        self.assertEqual(self.run_in(folder, code, "-X", "dev", "-W", "error"), self.FINE * 2 + "False\n")
+
+    def test_it_works_from_a_zip_archive_and_as_a_zipapp(self):
+        folder = self.folder()
+        with zipfile.ZipFile(folder / "lib.zip", "w") as archive:
+            archive.write(chirrop.__file__, "chirrop.py")
+        code = "import sys; sys.path.insert(0, 'lib.zip'); " + self.USE.format(name="import chirrop")
+        self.assertEqual(self.run_in(folder, code, "-I", "-S"), self.FINE)
+        with zipfile.ZipFile(folder / "app.pyz", "w") as archive:
+            archive.write(chirrop.__file__, "__main__.py")
+        done = subprocess.run([sys.executable, "-I", "app.pyz", "--version"], cwd=folder, capture_output=True, text=True, timeout=LONG)
+        self.assertEqual((done.returncode, done.stdout.split()[-1:]), (0, [chirrop.__version__]), done.stderr)
+
+    def test_it_works_under_every_interpreter_flag(self):
+        folder = self.vendored()
+        code = f"import sys; sys.path.insert(0, {str(folder)!r}); " + self.USE.format(name="from myapp._vendor import chirrop")
+        for flags in (["-I"], ["-S"], ["-O"], ["-OO"], ["-X", "dev"], ["-W", "error"], ["-I", "-S", "-OO", "-B", "-W", "error"], ["-bb"], ["-X", "utf8=0"]):
+            with self.subTest(flags):
+                self.assertEqual(self.run_in(folder, code, *flags), self.FINE)
+
+    def test_it_works_without_home_in_a_folder_that_is_gone(self):
+        folder = self.folder()
+        (folder / "gone").mkdir()
+        code = f"import os, sys; os.rmdir(os.getcwd()); sys.path.insert(0, {str(HERE)!r}); " + self.USE.format(name="import chirrop")
+        code += "try: chirrop.Config()\nexcept chirrop.ChirrOpValidationError as exc: print(exc)"
+        env = {"HOME": "", "LANG": "C"}
+        self.assertEqual(self.run_in(folder / "gone", code, "-I", env=env), self.FINE + "API key is required\n")
+
+    def test_a_missing_module_is_one_clear_error_when_that_part_is_used(self):
+        begin = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfor m in {{missing}}: sys.modules[m] = None\n"
+        use = begin + self.USE.format(name="import chirrop")
+        self.assertEqual(self.run_in(HERE, use.format(missing=["ssl", "_ssl", "sqlite3", "_ctypes", "ctypes", "fcntl"]), "-I"), self.FINE)
+        spool = begin + "import chirrop\ntry: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
+        self.assertIn("SqliteSpool needs the sqlite3 module, which this Python lacks", self.run_in(HERE, spool.format(missing=["sqlite3"]), "-I"))
+        tls = begin + (
+            "import chirrop\nc = chirrop.new_client(api_key='chp_x', servicer_endpoint='https://127.0.0.1:9', servicer_retries=0)\n"
+            "try: c.list_events()\nexcept chirrop.ChirrOpTransportError as exc: print(exc)"
+        )
+        self.assertIn("https needs the ssl module, which this Python lacks", self.run_in(HERE, tls.format(missing=["ssl", "_ssl"]), "-I"))
+
+    def test_plain_http_works_without_ssl(self):
+        server = chirrop._serve_sandbox(Sandbox())
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self.addCleanup(thread.join, LONG)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        code = (
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules['ssl'] = sys.modules['_ssl'] = None\n"
+            f"import chirrop; c = chirrop.new_client(api_key='chp_x', api_endpoint='http://127.0.0.1:{server.server_port}/v1.0/logs')\n"
+            "c.log(chirrop.Log('a', 1)); print(c.close(30))"
+        )
+        self.assertEqual(self.run_in(HERE, code, "-I"), "True\n")
+
+    def test_numpy_like_scalars_are_numbers(self):
+        class Scalar:
+            def __float__(self):
+                return 2.5
+
+        import numbers
+
+        numbers.Real.register(Scalar)
+        self.assertEqual(Log("a", Scalar()).value, 2.5)
+
+
+class LambdaRuntimeTest(TestCase):
+    """A process that imitates the runtime: init, invocations with freezes between, nothing to write to."""
+
+    RUNTIME = r"""
+import os, signal, sys
+os.chdir("/proc" if os.path.isdir("/proc") else "/")             # nothing can be written here
+sys.path.insert(0, os.path.join(sys.argv[1], "python"))           # as the layer is mounted: /opt/python
+import chirrop
+client = chirrop.new_client(api_key="chp_x", api_endpoint=sys.argv[2], flush_delay=86400)
+
+@client.lambda_handler
+def handler(event, context):
+    client.log(chirrop.Log("orders.count", event["n"], agent="orders"))
+    return event["n"] * 2
+
+class Context:
+    @staticmethod
+    def get_remaining_time_in_millis():
+        return 30_000
+
+for n in range(3):
+    print(handler({"n": n}, Context()), client.stats().delivered, flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)                          # frozen the moment the handler returns
+"""
+
+    def test_a_layer_delivers_before_each_freeze_and_after_each_thaw(self):
+        folder = self.folder()
+        readme = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else pathlib.Path("README.md").read_text(encoding="utf-8")
+        command = next(line for line in readme.splitlines() if "layer.zip" in line)
+        subprocess.run(["sh", "-c", command.replace("python3", f"'{sys.executable}'", 1).replace("'layer.zip'", repr(str(folder / "layer.zip")))], cwd=HERE, check=True)
+        with zipfile.ZipFile(folder / "layer.zip") as archive:
+            self.assertEqual(archive.namelist(), ["python/chirrop.py"])
+            archive.extractall(folder)
+        sandbox = Sandbox()
+        server = chirrop._serve_sandbox(sandbox)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self.addCleanup(thread.join, LONG)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-c", self.RUNTIME, str(folder), f"http://127.0.0.1:{server.server_port}/v1.0/logs"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, LONG)
+        self.addCleanup(process.kill)
+        for n in range(3):
+            self.assertEqual(process.stdout.readline(), f"{n * 2} {n + 1}\n")
+            os.waitpid(process.pid, os.WUNTRACED)  # it is frozen now
+            self.assertEqual([log["value"] for log in sandbox.logs], list(range(n + 1)))
+            os.kill(process.pid, signal.SIGCONT)
+        self.assertEqual((process.wait(LONG), process.stderr.read()), (0, ""))
+
+
+# ---- README ---------------------------------------------------------------
+
+
+def readme():
+    """Return the README that lies beside this file or beside the module."""
+    for folder in (pathlib.Path(__file__).resolve().parent, HERE):
+        if (folder / "README.md").exists():
+            return (folder / "README.md").read_text(encoding="utf-8")
+    raise AssertionError("there is no README.md")
+
+
+class DocsTest(TestCase):
+    README = readme()
+
+    def test_every_python_block_runs(self):
+        blocks = re.findall(r"```python\n(.*?)```", self.README, re.S)
+        self.assertGreaterEqual(len(blocks), 6)
+        self.addCleanup(os.chdir, os.getcwd())
+        for block in blocks:
+            with self.subTest(block.splitlines()[0]):
+                sandbox = Sandbox()
+                server = chirrop._serve_sandbox(sandbox)
+                thread = threading.Thread(target=server.serve_forever)
+                thread.start()
+                os.chdir(self.folder())
+                os.environ["CHIRROP_API_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}/v1.0/logs"
+                os.environ["CHIRROP_SERVICER_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}/v1.0"
+                scope = {"__name__": "readme"}
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        exec(compile(block, "README.md", "exec"), scope)
+                        if "handler" in scope:
+                            self.assertEqual(scope["handler"]({}, LambdaTest.Context(30_000)), {"statusCode": 200})
+                    for case in [v for v in scope.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)]:
+                        result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
+                        self.assertTrue(result.wasSuccessful() and result.testsRun, result.errors + result.failures)
+                    if "client" in scope:
+                        scope["client"].close(LONG)
+                finally:
+                    server.shutdown()
+                    server.server_close()
+                    thread.join(LONG)
+
+    def test_each_promise_about_logs_names_a_test_that_exists(self):
+        rows = re.findall(r"^\| .+ \| .+ \| .+ \| (`test_.+) \|$", self.README, re.M)
+        self.assertGreaterEqual(len(rows), 15)
+        tests = {name for value in globals().values() if isinstance(value, type) for name in dir(value) if name.startswith("test_")}
+        for row in rows:
+            for name in re.findall(r"`(\w+)`", row):
+                self.assertIn(name, tests)
+
+    def test_every_call_and_every_error_is_in_its_table(self):
+        for name, _, method, path, _ in CALLS:
+            route = re.sub(r"/(evt_1|[pad])(?=/|$)", "/:id", path.split("?")[0])
+            self.assertRegex(self.README, rf"(?m)^\| `{name}\(.*\| `{method} {route}` \|$")
+        for name in chirrop.__all__:
+            if name.endswith("Error") and name != "ChirrOpError":
+                self.assertIn(f"| `{name}` |", self.README)
+
+    def test_settings_and_their_defaults_are_those_of_config(self):
+        import inspect
+
+        rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| .+ \|$", self.README.split("## Settings")[1].split("## Errors")[0], re.M))
+        parameters = inspect.signature(Config).parameters
+        self.assertEqual(list(rows), list(parameters))
+        for name, parameter in parameters.items():
+            if isinstance(parameter.default, (int, float)) and parameter.default is not False and name != "log_level":
+                self.assertEqual(float(rows[name]), parameter.default)
+
+    def test_the_commands_stand_at_the_top(self):
+        top = self.README[:600]
+        self.assertIn("python3 chirrop.py demo", top)
+        self.assertIn("python3 -m unittest", top)
+
+
+if __name__ == "__main__":
+    unittest.main()
