@@ -329,13 +329,27 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _without_frames(exc: BaseException) -> BaseException:
-    """Clear the tracebacks of an exception chain: their frames hold the request's headers."""
+def _without_key(exc: BaseException, key: str) -> BaseException:
+    """Clear the tracebacks of an exception chain, whose frames hold the key; withhold one that quotes it."""
     link: BaseException | None = exc
+    quoted = False
     while link is not None:
         link.__traceback__ = None
+        try:
+            text = str(link)
+            quoted = quoted or bool(key) and (key in text or repr(str(key))[1:-1] in text)
+        except Exception:  # the application's own exception class
+            quoted = True
         link = link.__cause__ or link.__context__
-    return exc
+    return ConnectionError(f"{type(exc).__name__}, whose text is withheld: it quotes the API key") if quoted else exc
+
+
+def _masked(content: bytes, key: str) -> bytes:
+    """Return an answer without the key, plain or as JSON may escape it: some servers echo it."""
+    quoted = json.dumps(key)[1:-1]
+    for form in (key, quoted, quoted.replace("/", "\\/")) if key else ():
+        content = content.replace(form.encode(), b"***")
+    return content
 
 
 # ---- Log ------------------------------------------------------------------
@@ -344,8 +358,8 @@ def _without_frames(exc: BaseException) -> BaseException:
 
 _encode_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
-_NOT_MINTED: tuple[int, str, list[str]] = (-1, "", [])
-_minted = _NOT_MINTED  # (second, its ISO text, random hex not used yet); replaced as a whole, never edited
+_NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
+_minted = _NOT_MINTED  # (second, process, ISO text, random hex not used yet); replaced as a whole, never edited
 
 
 def _mint(now: float) -> tuple[str, str]:
@@ -353,13 +367,13 @@ def _mint(now: float) -> tuple[str, str]:
 
     os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so it is
     asked for a block. A block lives for one wall-clock second at most, which keeps a restored snapshot
-    from repeating ids, and is thrown away in a forked child. uuid.uuid4 would add a third to a log's cost.
+    from repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a third to a log's cost.
     """
     global _minted
-    second = int(now)
+    second, pid = int(now), os.getpid()
     while True:
-        minted_in, text, block = _minted
-        if minted_in == second and block:
+        minted_in, minter, text, block = _minted
+        if minted_in == second and minter == pid and block:
             try:
                 h = block.pop()
                 break
@@ -368,7 +382,7 @@ def _mint(now: float) -> tuple[str, str]:
         if minted_in != second:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         digits = os.urandom(1024).hex()
-        _minted = (second, text, [digits[i : i + 32] for i in range(0, 2048, 32)])
+        _minted = (second, pid, text, [digits[i : i + 32] for i in range(0, 2048, 32)])
     log_id = f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{_VARIANT[h[16]]}{h[17:20]}-{h[20:]}"
     return log_id, f"{text}.{int((now - second) * 1e6):06d}Z"
 
@@ -611,6 +625,11 @@ class _Secret(str):
         return "'***'"
 
 
+def _hidden(value: Any) -> Any:
+    """Return a string as a _Secret: a traceback with locals may show the frame that holds it."""
+    return _Secret(value) if isinstance(value, str) else value
+
+
 def _read_dotenv(name: str, path: str = ".env") -> str | None:
     """Return one variable from a .env file; None when there is none, whatever the file holds."""
     found = None
@@ -761,8 +780,7 @@ class Config:
         on_drop: Callable[[list[dict[str, Any]], ChirrOpError], object] | None = None,
         disabled: bool = False,
     ) -> None:
-        if isinstance(api_key, str):
-            api_key = _Secret(api_key)  # a traceback with locals may show this frame
+        api_key = _hidden(api_key)
         switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
         off = bool(disabled) or switch in ("1", "true", "yes", "on")
         is_path = isinstance(spool, (str, os.PathLike)) and bool(os.fspath(spool))
@@ -830,7 +848,9 @@ class Config:
 #   remove(keys)         delivered                bury(keys, message)             dropped for good
 #   park(keys) -> bool   refused by the server    give_back(keys) -> bool         not sent before close
 #   adopt()              take over what a dead process left
-#   close(), after_fork(), len() = logs that wait, lost = logs that a damaged file took along
+#   close(), len() = logs that wait, lost = logs that a damaged file took along
+#   before_fork(), after_fork_in_parent(), after_fork() = in the child
+#   entered() = this very thread is inside, and was interrupted by a signal handler or finaliser
 # park and give_back answer whether the buffer keeps the logs for a later run.
 # put is called from any thread at any moment; the others by one thread at a time, under the outbox's lock.
 
@@ -880,12 +900,17 @@ class _Memory(deque):  # type: ignore[type-arg]
     def close(self) -> None:
         pass
 
+    def entered(self) -> bool:
+        return False
+
+    is_open = entered
+    before_fork = after_fork_in_parent = close
     after_fork = deque.clear
 
 
 # Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
 # client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
-_OWNER_BITS = 40  # the lower bits count the logs of one client: 10**12 of them
+_OWNER_BITS = 36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
 _QUEUED, _PARKED, _DEAD = 0, 1, 2
 _SPOOL_VERSION = 1
 _SQL_TABLES = (
@@ -911,6 +936,7 @@ _SQL_FORGET = (
 )
 
 _abandoned: list[Any] = []  # SQLite connections of a parent process: closing them here would harm the parent
+_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's transaction or import
 
 
 def _lock_file(path: str) -> int:
@@ -996,6 +1022,7 @@ class SqliteSpool:
         self.lost = 0
         self._closed = self._warned = False
         self._retry_at = 0.0
+        self._forker = 0  # the thread that forks and has closed the connection for that moment
         self._pid = os.getpid()
 
     def fresh(self) -> SqliteSpool:
@@ -1045,13 +1072,19 @@ class SqliteSpool:
         if rows:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
-            if self._usable():
+            if self._usable() and self._may_write():
                 return [], []  # what is in the inbox now will be committed by the thread that put it there
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
     def adopt(self) -> None:
         """Take over what a dead process left; what a closed one left is taken when the file is opened."""
-        self._transact(self._take_over)
+        with self._lock:
+            self._count_in(self._transact(self._take_over) or [])
+
+    def _count_in(self, taken: list[tuple[list[int], int]]) -> None:
+        for span, count in taken:
+            self._owners.insert(0, span)
+            self._stored += count
 
     def remove(self, keys: list[Any]) -> None:
         """Forget delivered logs."""
@@ -1082,30 +1115,85 @@ class SqliteSpool:
     def close(self) -> None:
         """Leave what waits to the next client on this file, and close it."""
         with self._lock:
+            self._commit()
+            self._closed = True  # what comes now stays in the inbox: rows without an owner would never be found
             if self._conn is not None:
                 self._transact(self._release)
                 self._drop_connection()
-            self._closed = True
+
+    def is_open(self) -> bool:
+        """Tell whether there is something to close."""
+        return self._conn is not None
+
+    def entered(self) -> bool:
+        """Tell whether this thread is inside, and was interrupted by a signal handler or finaliser."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    def before_fork(self) -> None:
+        """Close the file for the moment of a fork.
+
+        SQLite keeps its locks per process and file: a child that inherits an open connection, and then makes
+        its own, takes the parent's locks for its own. One of the two then deletes the WAL under the other.
+        """
+        if not self._lock.acquire(timeout=_FORK_SECONDS):
+            return
+        if self._inside or self._conn is None:
+            self._lock.release()
+            return
+        self._forker = threading.get_ident()
+        self._conn.close()
+        self._conn = None
+
+    def after_fork_in_parent(self) -> None:
+        """Open the file again after before_fork."""
+        if self._forker != threading.get_ident():
+            return
+        self._forker = 0
+        try:
+            conn = self._connect()
+            if os.stat(self.path).st_ino != self._inode:
+                conn.close()
+                raise OSError("it was replaced")
+            self._conn = conn
+        except Exception as exc:  # the rows are found again by whoever opens the file next
+            self._generation += 1
+            self.lost, self._stored = self.lost + self._stored, 0
+            self._drop_connection()
+            self._degrade(exc)
+        finally:
+            self._lock.release()
 
     def after_fork(self) -> None:
-        """Forget the parent's connection and lock without closing what the parent still uses."""
-        if self._conn is not None:
-            _abandoned.append(self._conn)
-            os.close(self._guard)  # the parent's own descriptor keeps the lock
+        """Forget the parent's lock; its connection was closed before, unless the fork took us unawares."""
+        conn, guard = self._conn, self._guard
         self._start()
+        if guard >= 0:
+            os.close(guard)  # the parent's own descriptor keeps the lock
+        if conn is not None:
+            _abandoned.append(conn)
+            self._retry_at = math.inf
+            self._warned = True
+            self.warn(f"spool {self.path} was in use when this process was forked, keeping new logs in memory")
 
     # Inside: every access to the file goes through _transact, under the lock.
 
     def _usable(self) -> bool:
         """Tell whether the file can be used now, opening it if need be."""
-        if self._closed or time.monotonic() < self._retry_at:
-            return False
-        if self._conn is None:
+        give_up_at = time.monotonic() + 5.0
+        while self._conn is None and not self._closed and time.monotonic() >= self._retry_at:
             try:
                 self._open()
             except Exception as exc:
+                # SQLite waits for locks by itself, except while a fresh file is being switched to WAL.
+                if "locked" in str(exc) and time.monotonic() < give_up_at:
+                    time.sleep(0.01)
+                    continue
                 self._degrade(exc)
+                break
         return self._conn is not None
+
+    def _may_write(self) -> bool:
+        return time.monotonic() >= self._retry_at
 
     def _transact(self, work: Callable[..., Any], *args: Any) -> Any:
         """Return work(connection, *args), done in one transaction; None when the file cannot be used."""
@@ -1120,6 +1208,9 @@ class SqliteSpool:
             except Exception as exc:
                 result = None
                 self._degrade(exc)
+            except BaseException:  # Ctrl-C, or a signal handler that raises
+                self._roll_back()
+                raise
             finally:
                 self._inside = False
             self._commit()  # what a finaliser or signal handler has logged meanwhile
@@ -1128,13 +1219,16 @@ class SqliteSpool:
     def _commit(self) -> None:
         """Write the inbox to the file, unless this very thread is inside already and will do so."""
         with self._lock:
-            while self._inbox and not self._inside and self._usable():
+            while self._inbox and not self._inside and not self._closed and self._usable() and self._may_write():
                 self._inside = True
                 try:
                     self._insert(self._conn)
                 except Exception as exc:
                     self._degrade(exc)
                     return
+                except BaseException:
+                    self._roll_back()
+                    raise
                 finally:
                     self._inside = False
 
@@ -1160,10 +1254,13 @@ class SqliteSpool:
         for owner in self._owners:
             found = conn.execute(_SQL_TAKE, (*owner, limit - len(rows))).fetchall()
             if found:
-                owner[0] = found[-1][0]
+                owner[0] = max(key for key, _ in found)
                 rows += found
+        keys = [key for key, _ in rows]
         if not all(type(body) is bytes for _, body in rows):
             raise self._sqlite3.DatabaseError("a row is not a log")
+        if len(set(keys)) < len(keys):  # out of order: they would be taken again and again
+            raise self._sqlite3.DatabaseError("rows are out of order")
         self._stored -= len(rows)
         if len(rows) < limit:
             self._stored = 0  # whatever else was counted is not there
@@ -1177,53 +1274,52 @@ class SqliteSpool:
         return bool((pages - free + 4) * size > self.max_bytes)
 
     def _open(self) -> None:
-        sqlite3 = self._sqlite3
         if not os.path.lexists(self.path):
             try:
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:
                 pass  # another process was faster
-        conn = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        self._inode = os.stat(self.path).st_ino
+        conn = self._connect()
         try:
-            self._inode = os.stat(self.path).st_ino
-            version = conn.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _SPOOL_VERSION):
-                raise ValueError(f"it has the unknown schema version {version}")
-            self._set_wal(conn)
-            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
             # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
             conn.execute("BEGIN IMMEDIATE")
             for statement in _SQL_TABLES:
                 conn.execute(statement)
             self._holder = os.urandom(8).hex()
             self._guard = _lock_file(f"{self.path}-{self._holder}.lock")
-            self._owners = []
-            self._take_over(conn, opening=True)
+            taken = self._take_over(conn, opening=True)
             owner = conn.execute("INSERT INTO owners (holder) VALUES (?)", (self._holder,)).lastrowid
-            self._last_id = owner << _OWNER_BITS
-            self._owners.append([self._last_id, (owner + 1) << _OWNER_BITS])
             conn.execute("COMMIT")
         except BaseException:
             self._drop_connection()
             conn.close()
             raise
         self._conn = conn
+        self._last_id = owner << _OWNER_BITS
+        self._owners = [[self._last_id, (owner + 1) << _OWNER_BITS]]
+        self._count_in(taken)
         self._retry_at = 0.0
 
-    def _set_wal(self, conn: Any) -> None:
-        """Switch to WAL mode; while another process does the same, SQLite refuses without waiting."""
-        deadline = time.monotonic() + 5.0
-        while True:
-            try:
-                conn.execute("PRAGMA journal_mode = WAL")
-                return
-            except self._sqlite3.OperationalError as exc:
-                if "locked" not in str(exc) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.005)
+    def _connect(self) -> Any:
+        conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        try:
+            version = conn.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _SPOOL_VERSION):
+                raise ValueError(f"it has the unknown schema version {version}")
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+        except BaseException:
+            conn.close()
+            raise
+        return conn
 
-    def _take_over(self, conn: Any, opening: bool = False) -> None:
-        """Make ours what dead processes hold; when opening also what closed ones left, parked logs included."""
+    def _take_over(self, conn: Any, opening: bool = False) -> list[tuple[list[int], int]]:
+        """Make ours what dead processes hold; when opening also what closed ones left, parked logs included.
+
+        Returns the ranges of ids, with the number of logs that wait in each; they count once this is committed.
+        """
+        taken = []
         for owner, holder in conn.execute(_SQL_OWNERS, (self._holder,)).fetchall():
             if not (opening if holder is None else self._is_dead(holder)):
                 continue
@@ -1231,8 +1327,8 @@ class SqliteSpool:
             if opening:
                 conn.execute(_SQL_UNPARK, span)
             conn.execute(_SQL_ADOPT, (self._holder, owner))
-            self._stored += conn.execute(_SQL_COUNT, span).fetchone()[0]
-            self._owners.insert(0, span)
+            taken.append((span, conn.execute(_SQL_COUNT, span).fetchone()[0]))
+        return taken
 
     def _is_dead(self, holder: str) -> bool:
         name = f"{self.path}-{os.path.basename(holder)}.lock"
@@ -1256,28 +1352,34 @@ class SqliteSpool:
         conn.execute(_SQL_FORGET)
 
     def _drop_connection(self) -> None:
-        if self._conn is not None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
             try:
-                self._conn.close()
+                conn.close()
             except self._sqlite3.Error:
                 pass
-            self._conn = None
         if self._guard >= 0:
             self._unlock(f"{self.path}-{self._holder}.lock", self._guard)
             self._guard = -1
+
+    def _roll_back(self) -> None:
+        if self._conn is not None and self._conn.in_transaction:
+            try:
+                self._conn.execute("ROLLBACK")
+            except self._sqlite3.Error:
+                pass
 
     def _degrade(self, exc: Exception) -> None:
         """Say once what is wrong, leave the logs in memory, and move a damaged file aside."""
         sqlite3 = self._sqlite3
         text = str(exc)
-        if self._conn is not None and self._conn.in_transaction:
-            try:
-                self._conn.execute("ROLLBACK")
-            except sqlite3.Error:
-                pass
+        self._roll_back()
         # Some damage is reported as an OperationalError, which is else a matter of the disk or of locks.
-        damaged = isinstance(exc, (sqlite3.Error, UnicodeError, OverflowError)) and (
-            not isinstance(exc, sqlite3.OperationalError) or any(w in text for w in ("no such", "malformed", "UTF-8"))
+        damaged = (
+            type(exc) in (sqlite3.DatabaseError, sqlite3.IntegrityError, OverflowError, TypeError)
+            or isinstance(exc, UnicodeError)
+            or isinstance(exc, sqlite3.OperationalError)
+            and any(w in text for w in ("no such", "malformed", "UTF-8"))
         )
         if damaged:
             self._set_aside()
@@ -1306,7 +1408,7 @@ def _decoded(body: bytes) -> dict[str, Any]:
     try:
         log = json.loads(body)
         return log if isinstance(log, dict) else {"damaged": repr(body)}
-    except ValueError:
+    except (ValueError, TypeError):
         return {"damaged": repr(body)}
 
 
@@ -1518,6 +1620,7 @@ class _Outbox:
         self._taken = self._settled = 0  # logs that have left the buffer, and those of them with a fate
         self._direct = self._delivered = self._parked = self._retries = 0
         self._dropped: dict[str, int] = {}
+        self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
         self.last_error: ChirrOpError | None = None
         self._waiters: deque[queue.SimpleQueue[None]] = deque()  # callers that wait for room
         self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
@@ -1556,6 +1659,7 @@ class _Outbox:
             try:
                 waiter.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
+                self._forget(waiter)
                 raise ChirrOpQueueFullError(
                     f"queue is full: {self._config.queue_size} logs are waiting to be sent"
                 ) from None
@@ -1571,6 +1675,11 @@ class _Outbox:
         waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waiters.append(waiter)
         return waiter
+
+    @_locked
+    def _forget(self, waiter: queue.SimpleQueue[None]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     @_locked
     def _refuse_late(self, data: bytes) -> list[_Drop]:
@@ -1622,7 +1731,10 @@ class _Outbox:
         else:
             keys, items = self.buffer.take(MAX_BATCH)
             self._since = now if len(self.buffer) else None
+            self._check_lost()
             if not items:
+                if len(self.buffer):  # in a file that cannot be read now
+                    self._resume_at = max(self._resume_at, now + 1.0)
                 return None
             batch = _Batch(self._taken, keys, items)
             self._taken += len(items)
@@ -1660,7 +1772,8 @@ class _Outbox:
             drops = self._split(batch, error)
         if verdict != _RETRY:
             self._failures = 0
-        drops += self._check_lost()
+        self._check_lost()
+        drops += self.losses()
         self._tell(exhausted=self._failures > self._config.retries)
         return drops
 
@@ -1705,17 +1818,24 @@ class _Outbox:
         self._dropped[reason] = self._dropped.get(reason, 0) + len(items)
         return [_Drop(reason, items, error)]
 
-    def _check_lost(self) -> list[_Drop]:
+    @_locked
+    def losses(self) -> list[_Drop]:
+        """Return what a damaged spool file took along, for the report."""
+        losses, self._losses = self._losses, []
+        return losses
+
+    def _check_lost(self) -> None:
         """Account for logs that a damaged spool file took along; nobody can read them any more."""
         lost, self.buffer.lost = self.buffer.lost, 0
         if not lost:
-            return []
+            return
         self._taken += lost
         self._settled += lost
         self._dropped["damaged"] = self._dropped.get("damaged", 0) + lost
         for flush in self._flushes:
             flush.clean = False
-        return [_Drop("damaged", [], ChirrOpError(f"{lost} logs are in a damaged spool file"))]
+        self._losses.append(_Drop("damaged", [], ChirrOpError(f"{lost} logs are in a damaged spool file")))
+        self._tell()
 
     # Flush and close.
 
@@ -1769,9 +1889,10 @@ class _Outbox:
                 drops += self._drop(batch, "closed", ChirrOpError("not sent before close"))
         self._front, self._flying = [], {}
         self.buffer.close()
-        drops += self._sweep() + self._check_lost()
+        drops += self._sweep()
+        self._check_lost()
         self._tell()
-        return drops
+        return drops + self.losses()
 
     @_locked
     def _sweep(self) -> list[_Drop]:
@@ -1812,6 +1933,8 @@ class _Outbox:
 # written by callers of flush and close, or by a short-lived thread "chirrop-reporter".
 
 _WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
+# Held by our threads while they import, and by a fork: it would leave its child with half a module for ever.
+_importing = threading.RLock()
 _reporting = threading.local()
 
 
@@ -1823,17 +1946,25 @@ class _Reporter:
         self._drops: deque[_Drop] = deque()
         self._notes: deque[tuple[int, str]] = deque(maxlen=100)
         self._next_at, self._state, self._late = 0.0, "", False
+        self._said: dict[str, float] = {}  # notes that may repeat, and when they may
+
+    def after_fork(self) -> None:
+        self._drops.clear()
+        self._notes.clear()
 
     def drops(self, drops: list[_Drop], record: bool = True) -> None:
         for drop in drops:
             if record:
                 self._drops.append(_Drop(drop.reason, len(drop.items), drop.error))
-            if self._on_drop is None:
-                continue
+            if self._on_drop is None or getattr(_reporting, "in_on_drop", False):
+                continue  # dropped by what on_drop itself does: counted and logged only
+            _reporting.in_on_drop = True
             try:
                 self._on_drop([_decoded(item) for item in drop.items], drop.error)
             except BaseException as exc:  # it is the application's code, on our thread
-                self.note(_ERROR, f"on_drop raised {type(exc).__name__}")
+                self.note_once(_ERROR, f"on_drop raised {type(exc).__name__}")
+            finally:
+                _reporting.in_on_drop = False
 
     def late(self, drops: list[_Drop]) -> None:
         """Report logs that came after close: every one to on_drop, the first to the logger."""
@@ -1854,6 +1985,14 @@ class _Reporter:
 
     def note(self, level: int, text: str) -> None:
         self._notes.append((level, text))
+
+    def note_once(self, level: int, text: str) -> None:
+        """Note what may happen with each log, but only once in REPORT_SECONDS."""
+        now = time.monotonic()
+        if now >= self._said.get(text, 0.0):
+            self._said = {t: at for t, at in list(self._said.items()) if at > now}
+            self._said[text] = now + REPORT_SECONDS
+            self.note(level, text)
 
     def due(self) -> bool:
         return bool(self._notes) or (bool(self._drops) and time.monotonic() >= self._next_at)
@@ -1916,6 +2055,7 @@ class _Sender:
 
     def after_fork(self) -> None:
         """Forget the parent's threads: they do not exist in a child process."""
+        self.report.after_fork()
         self.outbox.after_fork()
         self._link.after_fork()
         self._reset()
@@ -1925,8 +2065,11 @@ class _Sender:
         self.abandoned = True
         if self._threads:
             self._bell.put(None)
-        elif not len(self.outbox.buffer):
+        elif not len(self.outbox.buffer) and not self.outbox.buffer.is_open():
+            self._link.close()
             _open_senders.discard(self)
+        else:
+            self.rouse()
 
     def rouse(self) -> None:
         """Wake the leader, or start the first thread."""
@@ -1957,6 +2100,8 @@ class _Sender:
     def _run(self) -> None:
         self._inside.add(threading.get_ident())
         batch: _Batch | None = None
+        with _importing:
+            self._link.preload()
         while not self.outbox.stopped:
             try:
                 with self._lead:
@@ -1965,7 +2110,7 @@ class _Sender:
                     break
                 self._deliver(batch, self._config.timeout)
             except BaseException as exc:  # a bug of ours, or no memory: a sender goes on whatever happens
-                self.report.note(_ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+                self.report.note_once(_ERROR, f"sender failed: {type(exc).__name__}: {exc}")
                 self.closing.wait(1.0)
         self._inside.discard(threading.get_ident())
 
@@ -1992,10 +2137,15 @@ class _Sender:
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
         """Make one attempt, account for it, and tell whoever must know."""
-        body = b"[" + b",".join(batch.items) + b"]"
         self._sending.add(threading.get_ident())
-        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
-        self._sending.discard(threading.get_ident())
+        try:
+            body = b"[" + b",".join(batch.items) + b"]"
+            answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        except BaseException as exc:  # Ctrl-C, or no memory: the batch waits for its next attempt
+            self.outbox.settle(batch, _Answer(0, cause=exc), time.monotonic())
+            raise
+        finally:
+            self._sending.discard(threading.get_ident())
         verdict = _verdict(answer.status)
         drops = self.outbox.settle(batch, answer, self._clock())
         self.report.state(verdict, None if verdict == _DELIVERED else self.outbox.last_error)
@@ -2016,6 +2166,8 @@ class _Sender:
             pass
 
     def flush(self, timeout: float | None) -> bool:
+        if self._entered():
+            return False
         if threading.get_ident() in self._inside:
             return not self.outbox.held()
         deadline = math.inf if timeout is None else self._clock() + timeout
@@ -2026,8 +2178,13 @@ class _Sender:
                 self._wait(flush, deadline)
         finally:
             self.outbox.end_flush(flush)
+        self.report.drops(self.outbox.losses())
         self.report.write()
         return flush.done and flush.clean
+
+    def _entered(self) -> bool:
+        """Tell whether this thread was interrupted inside: a sender may need the lock that it holds."""
+        return bool(self.outbox._lock._is_owned() or self.outbox.buffer.entered())  # type: ignore[attr-defined]
 
     def _wait(self, flush: _Flush, deadline: float) -> None:
         """Wait for the senders; where no thread can run, do their work in this one."""
@@ -2064,6 +2221,8 @@ class _Sender:
         if not self.outbox.stopped:
             self.outbox.closed = True
             self.closing.set()
+            if self._entered():
+                return False  # senders go on with what is held; the exit hook, or another close(), ends them
             clean = self.flush(timeout)
             self._clean = clean and not self.outbox.held()
             self._shut()
@@ -2105,10 +2264,24 @@ def _at_exit() -> None:
         sender.close(max(0.0, deadline - time.monotonic()))
 
 
-def _after_fork() -> None:
-    global _minted, _reporting
-    _minted, _reporting = _NOT_MINTED, threading.local()
+def _before_fork() -> None:
+    """Wait for what a child could not live with half done; not for long."""
+    _importing.acquire(timeout=_FORK_SECONDS)
     for sender in list(_open_senders):
+        sender.outbox.buffer.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for sender in list(_open_senders):
+        sender.outbox.buffer.after_fork_in_parent()
+    if _importing._is_owned():  # type: ignore[attr-defined]
+        _importing.release()
+
+
+def _after_fork() -> None:
+    global _importing, _minted, _reporting
+    _importing, _minted, _reporting = threading.RLock(), _NOT_MINTED, threading.local()
+    for sender in [s for s in _open_senders if s.pid != os.getpid()]:
         sender.after_fork()
         if sender.abandoned:
             _open_senders.discard(sender)
@@ -2116,7 +2289,7 @@ def _after_fork() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 
 
 # ---- Transport ------------------------------------------------------------
@@ -2134,7 +2307,7 @@ class _TimedSocket(io.RawIOBase):
     """Read a socket until a deadline for everything: a socket's own time-out starts anew with each byte."""
 
     def __init__(self, sock: Any, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
+        self._sock, self._deadline, self.ended = sock, deadline, False
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -2148,7 +2321,13 @@ class _TimedSocket(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("the answer did not end in time")
         self._sock.settimeout(left)
-        count: int | None = self._raw.readinto(buffer)
+        try:
+            count: int | None = self._raw.readinto(buffer)
+        except OSError as exc:
+            if "timed out" in str(exc):  # socket.timeout, which is a TimeoutError from Python 3.10 on only
+                raise TimeoutError("the answer did not end in time") from exc
+            raise
+        self.ended = count == 0
         return count
 
     def close(self) -> None:
@@ -2244,27 +2423,46 @@ class _UrllibTransport:
             headers.pop("Proxy-authorization", None)  # it has gone to the proxy, with CONNECT
         try:
             connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            connection.response_class = lambda sock, *args, **kwargs: http.client.HTTPResponse(
-                _TimedSocket(sock, deadline),  # type: ignore[arg-type]
-                *args,
-                **kwargs,
-            )
-            connection.request(request.get_method(), request.selector, request.data, headers)
+            connection.response_class = self._timed_response(deadline)
+            unread = False
+            try:
+                connection.request(request.get_method(), request.selector, request.data, headers)
+            except (BrokenPipeError, ConnectionResetError):
+                unread = True  # the server may have answered before it stopped reading, with 413 for one
             response = connection.getresponse()
+            while response.status < 200:  # http.client passes over 100 only
+                response.headers = None
+                response.begin()
+            if response.fp.raw.ended:  # which http.client takes for the end of the headers
+                raise http.client.HTTPException("answer cut short: it ends within its headers")
+            failure = None
             try:
                 body = self._read(response)
-            except OSError as exc:  # the server has begun to answer: this is not a connection found dead
-                raise http.client.HTTPException(f"answer cut short: {exc}") from exc
+            except (OSError, http.client.HTTPException) as exc:
+                failure = str(exc) or type(exc).__name__
+            if failure:  # raised out here, because an IncompleteRead holds what was read, up to 16 MiB
+                # Not an OSError: the server has begun to answer, so this is not a connection found dead.
+                raise http.client.HTTPException(f"answer cut short: {failure}")
         except BaseException:
             connection.close()
             raise
-        if response.will_close or request.get_header("Connection"):
+        if unread or response.will_close or request.get_header("Connection"):
             connection.close()
         else:
             self._idle.setdefault(place, deque()).append((connection, _awake_clock()))
             if self._closed:
                 self.close()
         return response.status, body, response.headers
+
+    @staticmethod
+    def _timed_response(deadline: float) -> Callable[..., Any]:
+        import http.client
+
+        return lambda sock, *args, **kwargs: http.client.HTTPResponse(
+            _TimedSocket(sock, deadline),  # type: ignore[arg-type]
+            *args,
+            **kwargs,
+        )
 
     @staticmethod
     def _read(response: Any) -> bytes:
@@ -2291,6 +2489,7 @@ class _UrllibTransport:
             if request._tunnel_host:
                 pass_on = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
                 connection.set_tunnel(request._tunnel_host, headers=pass_on)
+                connection.response_class = self._timed_response(deadline)  # for the proxy's answer to CONNECT
             try:
                 connection.connect()
             except BaseException:
@@ -2374,11 +2573,26 @@ class _Link:
                 raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
         except BaseException as exc:  # a transport may be the application's; its errors end no sender
             if isinstance(exc, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
-                raise _without_frames(exc) from None
-            return _Answer(0, cause=_without_frames(exc))
-        if not 200 <= status < 300 and self._key:
-            content = bytes(content).replace(self._key.encode(), b"***")  # some servers echo it
+                raise _without_key(exc, self._key) from None
+            return _Answer(0, cause=_without_key(exc, self._key))
+        if not 200 <= status < 300:
+            content = _masked(bytes(content), self._key)
         return _Answer(status, bytes(content), fields)
+
+    def preload(self) -> None:
+        """Import what attempts need later, so that it happens at a known moment; an import fails there, not here."""
+        try:
+            import email.utils
+            import http.client
+            import random
+
+            if isinstance(self._transport, _UrllibTransport):
+                import encodings.idna
+                import select
+                import ssl
+                import urllib.request  # noqa: F401
+        except Exception:
+            pass
 
     def after_fork(self) -> None:
         getattr(self._transport, "after_fork", lambda: None)()
@@ -2443,8 +2657,9 @@ class Client:
     """
 
     def __init__(self, config: Config | None = None) -> None:
+        config = _hidden(config)  # it may be a key
         if config is not None and not isinstance(config, Config):
-            raise ChirrOpValidationError(f"config must be a Config, got {_show(config)}")
+            raise ChirrOpValidationError(f"config must be a Config, got a {type(config).__name__}; a key is api_key=...")
         self.config = config = config or Config()
         self._timeout, self._servicer_retries = config.timeout, config.servicer_retries
         self._link = _Link(config)
@@ -2456,7 +2671,6 @@ class Client:
         self._outbox = _Outbox(buffer, config)
         self._sender = _Sender(self._outbox, self._link, config)
         buffer.warn = lambda text, note=self._sender.report.note: note(_WARNING, text)
-        self._whole = self  # a view from with_options keeps its client alive
         self._sender.owner = weakref.ref(self, self._sender.abandon)
         if not config.disabled:
             _open_senders.add(self._sender)
@@ -2600,12 +2814,13 @@ class Client:
             try:
                 return handler(event, context, *args)
             finally:
-                if self._outbox.held():
+                sender = self._here()
+                if sender.outbox.held():
                     try:
                         left = context.get_remaining_time_in_millis() / 1000
-                        self._sender.flush(max(0.0, min(left - 0.2, 86400.0)))  # 0.2 s for the return itself
+                        sender.flush(max(0.0, min(left - 0.2, 86400.0)))  # 0.2 s for the return itself
                     except Exception as exc:  # not a Lambda context
-                        self._sender.report.note(_ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}")
+                        sender.report.note(_ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}")
 
         return run  # type: ignore[return-value]
 
@@ -2622,6 +2837,7 @@ class Client:
         """
         view = Client.__new__(type(self))
         view.__dict__.update(self.__dict__)
+        view.__dict__.setdefault("_whole", self)  # keeps the client alive: its senders end with it
         if timeout is not None:
             view._timeout = _seconds("timeout", timeout, zero=False)
         if servicer_retries is not None:
@@ -2678,7 +2894,7 @@ class Client:
         try:
             return json.loads(answer.body)
         except (ValueError, RecursionError) as exc:
-            raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from exc
+            raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from _without_key(exc, "")
 
     def _attempts(
         self, method: str, url: str, body: bytes | None, retries: int, repeatable: bool, longest: float
@@ -2995,7 +3211,7 @@ class _Timer:
         try:
             self._client.log(self._log(elapsed, "success" if kind is None else "error"))
         except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
-            self._client._sender.report.note(_WARNING, f"a timer's log was not accepted: {exc}")
+            self._client._sender.report.note_once(_WARNING, f"a timer's log was not accepted: {exc}")
 
     def _again(self) -> _Timer:
         return _Timer(self._client, self._fields["event"], self._fields["agent"], self._meta)  # type: ignore[arg-type]
@@ -3027,8 +3243,7 @@ def new_client(config: Config | None = None, *, api_key: str | None = None, **fi
     Raises:
         ChirrOpValidationError: a field is wrong or unknown, or both a config and fields were given.
     """
-    if isinstance(api_key, str):
-        api_key = _Secret(api_key)  # a traceback with locals may show this frame
+    config, api_key = _hidden(config), _hidden(api_key)
     if config is not None:
         if fields or api_key is not None:
             raise ChirrOpValidationError("give either a config or its fields, not both")
@@ -3049,16 +3264,15 @@ class ChirrOp:
     _slot: dict[str, Client] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
 
     @classmethod
-    def initialize(cls, config: Config | None = None, **fields: Any) -> Client:
+    def initialize(cls, config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
         """Make the global client and return it; arguments as for new_client.
 
         Raises:
             ChirrOpError: it exists already.
             ChirrOpValidationError: there is no valid configuration.
         """
-        if isinstance(fields.get("api_key"), str):
-            fields["api_key"] = _Secret(fields["api_key"])
-        client = None if cls._slot else new_client(config, **fields)
+        config, api_key = _hidden(config), _hidden(api_key)
+        client = None if cls._slot else new_client(config, api_key=api_key, **fields)
         if client is None or cls._slot.setdefault("client", client) is not client:
             raise ChirrOpError("ChirrOp SDK is already initialized")
         return client
@@ -3087,11 +3301,10 @@ class ChirrOp:
         return client.close(timeout) if client is not None else True
 
 
-def initialize(config: Config | None = None, **fields: Any) -> Client:
+def initialize(config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
     """Make the global client and return it; see ChirrOp.initialize."""
-    if isinstance(fields.get("api_key"), str):
-        fields["api_key"] = _Secret(fields["api_key"])
-    return ChirrOp.initialize(config, **fields)
+    config, api_key = _hidden(config), _hidden(api_key)
+    return ChirrOp.initialize(config, api_key=api_key, **fields)
 
 
 def log_event(entry: Log) -> None:
@@ -3688,6 +3901,563 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 
     return Server(("127.0.0.1", port), Handler)
 
+
+# ---- Command line ---------------------------------------------------------
+# In: arguments, standard input, CHIRROP_* and ./.env. Out: results on standard output, all else on standard
+# error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
+
+_MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
+_QUEUED_LINES = 5000  # of `log -`: enough to keep the senders busy
+_CLOCK_SECONDS = 60.0  # that `doctor` lets the clocks differ
+_DEMO_EVENTS = (
+    ("checkout", "http.request.duration_ms", 180.0),
+    ("search", "http.request.duration_ms", 45.0),
+    ("search", "tokens.used.count", 900.0),
+    ("billing", "invoice.total.eur", 49.0),
+)
+_DEMO_FAULTS: tuple[dict[str, Any], ...] = ({"status": 502}, {"drop": "before"}, {"retry_after": 1}, {"drop": "after"})
+
+
+def _columns() -> int:
+    """Return the width of the terminal; 80 where there is none."""
+    import shutil
+
+    try:
+        size = os.get_terminal_size(2)  # standard output may be a pipe
+    except OSError:
+        size = os.terminal_size((80, 24))
+    return max(20, shutil.get_terminal_size(size).columns or 80)
+
+
+def _plain(value: object) -> str:
+    """Return text without the control characters with which a server could steer a terminal."""
+    text = "" if value is None else str(value)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _width(text: str) -> int:
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _fit(text: str, width: int) -> str:
+    """Return text cut or padded to `width` columns."""
+    if _width(text) > width:
+        text = text[:width]
+        while _width(text) >= width:
+            text = text[:-1]
+        text += "~"
+    return text + " " * (width - _width(text))
+
+
+def _wrap(text: str, stream: Any, indent: int = 0) -> str:
+    """Return text without control characters, in lines that fit where `stream` is a terminal."""
+    import textwrap
+
+    text, room = _plain(text), _columns() - indent
+    if not stream.isatty():
+        return text
+    return ("\n" + " " * indent).join(textwrap.wrap(text, room if _width(text) == len(text) else room // 2))
+
+
+def _figure(value: Any) -> str:
+    """Return a number for people."""
+    if not isinstance(value, (int, float)):
+        return "-" if value is None else _plain(value)
+    if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def _paint(text: str, code: int) -> str:
+    """Return text in a colour, where standard output shows colours."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
+    return text if plain or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
+
+
+def _say(text: object) -> None:
+    """Print a message on standard error, in the place of a progress line."""
+    try:
+        _status("")
+        print(_wrap(f"chirrop: {text}", sys.stderr), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        pass
+
+
+def _status(text: str) -> None:
+    """Replace the progress line, where standard error is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{_fit(text, _columns() - 1)}\r", end="", file=sys.stderr, flush=True)
+
+
+class _Progress:
+    """Keep a line about a client's logs on standard error, where that is a terminal."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._end = client, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chirrop-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while sys.stderr.isatty():
+                stats, failing = self._client.stats(), self._client._outbox._failures
+                text = f"{stats.delivered:,} delivered, {stats.queued + stats.in_flight:,} waiting"
+                text += f", {sum(stats.dropped.values()):,} dropped" if stats.dropped else ""
+                _status(text + (f", retrying: {_plain(stats.last_error)}" if failing else ""))
+                if self._end.wait(0.1):
+                    return _status("")
+        except OSError:  # the terminal is gone
+            pass
+
+
+def _result(args: Any, value: object, show: Callable[[], object]) -> int:
+    """Print a command's result: JSON for machines, else as `show` does."""
+    if args.json:
+        print(json.dumps(value, indent=2))
+    else:
+        show()
+    return 0
+
+
+def _table(heads: tuple[str, ...], items: list[Any]) -> None:
+    """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
+    rows = [[_plain(item.get(head)) for head in heads] for item in items]
+    widths = [max(map(_width, column)) for column in zip(heads, *rows)]
+    if not rows:
+        _say("there are none")
+    elif sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > _columns():
+        for row in rows:
+            block = [row[0], *(f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell)]
+            print("\n".join(_fit(line, _columns()).rstrip() for line in block))
+    else:
+        for cells in ([head.upper() for head in heads], *rows):
+            print("  ".join(map(_fit, cells, widths)).rstrip())
+
+
+def _headline(event: Event, what: str) -> None:
+    name = " ".join(filter(None, (event.get("agent"), event.get("event"))))
+    unit = f" ({event['unit']})" if event.get("unit") else ""
+    print(_wrap(f"{name}{unit}: {what}", sys.stdout))
+
+
+def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
+    """Print a line per bucket, with a bar as long as its sum is large."""
+    _headline(event, f"count and sum by {period}, UTC")
+    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    rows = sorted((str(r.get("occurred_at")), r.get("value") or 0.0, r.get("count")) for r in rollups)
+    cells = [(at[5:16].replace("T", " "), _figure(count), _figure(value)) for at, value, count in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    room = max(1, _columns() - sum(widths) - 2 * len(widths))
+    peak = max((abs(value) for _, value, _ in rows), default=0.0) or 1.0
+    for (at, value, _), row in zip(rows, cells):
+        bar = (block if value >= 0 else "-") * math.ceil(abs(value) / peak * room)
+        print("  ".join((*map(str.rjust, row, widths), _paint(bar, 36))))
+
+
+def _show_analytics(event: Event, answer: Analytics) -> None:
+    data: Any = answer.get("data")
+    _headline(event, f"last {answer.get('period')} and {answer.get('previous')}")
+    print(f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}" if data else "no logs in either window")
+    for name in ("value", "count", "mean", "stddev") if data else ():
+        change = data.get(f"{name}_pct_change")
+        percent = "" if change is None else f"{change:+,.1f}%"
+        now, before = _figure(data.get(f"current_{name}")), _figure(data.get(f"previous_{name}"))
+        print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
+
+
+def _parsed(name: str, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise ChirrOpValidationError(f"{name} must be JSON: {exc}") from exc
+
+
+def _event_named(client: Client, args: Any) -> Event:
+    """Return the definition that EVENT and --agent name; a UUID is an id."""
+    import re
+
+    if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", args.event):
+        return client.get_event(args.event)
+    event = client.find_event(args.event, args.agent)
+    if event is None:
+        raise ChirrOpNotFoundError("there is no such event; `chirrop events` lists them")
+    return event
+
+
+def _cmd_events(args: Any) -> int:
+    with new_client() as client:
+        events = client.list_events()
+    return _result(args, events, lambda: _table(("event_id", "agent", "event", "unit", "title"), events))
+
+
+def _cmd_rollups(args: Any) -> int:
+    with new_client() as client:
+        event = _event_named(client, args)
+        rollups = client.get_event_logs(event["event_id"], args.period, args.limit)
+    return _result(args, rollups, lambda: _show_rollups(event, args.period, rollups))
+
+
+def _cmd_analytics(args: Any) -> int:
+    with new_client() as client:
+        event = _event_named(client, args)
+        answer = client.get_event_analytics(event["event_id"], "window", args.period, args.previous)
+    return _result(args, answer, lambda: _show_analytics(event, answer))
+
+
+def _cmd_alerts(args: Any) -> int:
+    if args.action and (args.id is None or args.status):
+        raise ChirrOpValidationError(f"`alerts {args.action}` takes the ID of one alert")
+    with new_client() as client:
+        moves = {"ack": client.acknowledge_alert, "resolve": client.resolve_alert, "archive": client.archive_alert}
+        answer: Any = moves[args.action](args.id) if args.action else client.list_alerts(args.status)
+    heads = ("alert_id", "status", "severity", "agent", "event", "value", "triggered_at", "title")
+    return _result(args, answer, lambda: _table(heads, [answer] if args.action else answer))
+
+
+def _cmd_api(args: Any) -> int:
+    import urllib.parse
+
+    path, _, query = args.path.partition("?")
+    text = sys.stdin.buffer.read() if args.data == "-" else args.data
+    body = None if text is None else _parsed("--data", text)
+    with new_client() as client:
+        base = urllib.parse.urlsplit(client.config.servicer_endpoint).path
+        if base and path.startswith(base + "/"):  # written as in the documentation: /v1.0/events
+            path = path[len(base) :]
+        pairs = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        answer = client.request(args.method, path, pairs, body)
+    print(json.dumps(answer, indent=2))
+    return 0
+
+
+def _cmd_log(args: Any) -> int:
+    if args.event == "-":
+        if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
+            raise ChirrOpValidationError("`log -` reads whole logs from standard input, and takes nothing else")
+        return _log_lines(args)
+    meta = None if args.meta is None else _parsed("--meta", args.meta)
+    entry = Log(args.event, args.value, args.agent, args.log_id, meta, args.occurred_at)
+    with new_client(retries=3) as client:
+        client.send_logs([entry])
+        delivered = client.stats().delivered
+    word = "delivered" if delivered else "discarded, since CHIRROP_DISABLED is set:"
+    return _result(args, {"delivered": delivered, "log": entry.to_dict()}, lambda: print(word, entry.log_id))
+
+
+def _log_lines(args: Any) -> int:
+    """Send JSON Lines from standard input, in bounded memory."""
+    client = new_client(queue_size=_QUEUED_LINES, retries=5)
+    number = bad = 0
+    with _Progress(client), client:
+        try:
+            for number, line in enumerate(_lines(sys.stdin.buffer), 1):
+                try:
+                    if line.strip():
+                        _log_patiently(client, _log_of(line))
+                except ChirrOpValidationError as exc:
+                    bad += 1
+                    _say(f"line {number}: {exc}")
+        except (ChirrOpError, KeyboardInterrupt) as exc:
+            _say(f"stopped at line {number}: {str(exc) or 'interrupted'}")
+            client.close(2.0)
+    stats = client.stats()
+    account = {"lines": number, "bad": bad, "delivered": stats.delivered, "dropped": stats.dropped}
+    lost = sum(stats.dropped.values())
+    words = f"{number:,} lines: {stats.delivered:,} delivered, {bad:,} bad, {lost:,} dropped"
+    _result(args, account, lambda: print(words))
+    if lost:
+        _say(f"the last failure: {stats.last_error}")
+    return 1 if bad or lost or client.config.disabled else 0
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    """Yield lines; of one that is too long only its beginning."""
+    while line := stream.readline(_MAX_LINE_BYTES):
+        yield line
+        while len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(_MAX_LINE_BYTES)
+
+
+def _log_of(line: bytes) -> Log:
+    fields = _parsed("a log", line)
+    if not isinstance(fields, dict) or set(fields) - {"event", "value", "agent", "log_id", "meta", "occurred_at"}:
+        raise ChirrOpValidationError("a log must be an object of event, value, agent, log_id, meta and occurred_at")
+    return Log(**{"event": None, "value": None, **fields})
+
+
+def _log_patiently(client: Client, entry: Log) -> None:
+    """Queue a log, waiting for room as long as anything moves; raise when the service refuses logs."""
+    while "refused" not in client._outbox._dropped:
+        before = client.stats()
+        try:
+            return client.log(entry)
+        except ChirrOpQueueFullError:
+            client.flush()
+            if client.stats()[:3] == before[:3]:  # a full cycle of retries has failed
+                break
+    raise client.stats().last_error or ChirrOpError("the service takes no logs")
+
+
+def _cmd_drain(args: Any) -> int:
+    if not os.path.isfile(args.spool):
+        raise ChirrOpValidationError(f"there is no spool {args.spool!r}")
+    spool = SqliteSpool(args.spool)
+    spool.dead_letters()  # raises for a file that is no spool: a client would move it aside
+    client = new_client(spool=spool, retries=5)
+    if client.config.disabled:
+        raise ChirrOpError("CHIRROP_DISABLED is set: nothing is sent")
+    with _Progress(client):
+        try:
+            clean = client.flush() and client._outbox.buffer._conn is not None  # else it has said what is wrong
+            stats = client.stats()
+        finally:
+            client.close(0.0)
+    dead = len(spool.dead_letters())
+    account = {"delivered": stats.delivered, "left": stats.queued, "parked": stats.parked, "dead_letters": dead}
+    _result(args, account, lambda: print("\n".join(f"{v:,} {k.replace('_', ' ')}" for k, v in account.items())))
+    if stats.last_error and not clean:
+        _say(f"the last failure: {stats.last_error}")
+    return 0 if clean else 1
+
+
+def _cmd_doctor(args: Any) -> int:
+    found = []
+    for check, good, text in _diagnose():
+        found.append({"check": check, "ok": good, "text": text})
+        if not args.json:
+            mark = _paint("ok  ", 32) if good else _paint("FAIL", 31)
+            print(mark, f"{check:6}", _wrap(text, sys.stdout, 12), flush=True)
+    _result(args, found, lambda: None)
+    return 0 if all(entry["ok"] for entry in found) else 1
+
+
+# For the first of these classes in a failure's chain; {} is the variable that holds the endpoint.
+_CURES = {
+    "gaierror": "The name has no address: check {}, the network and its DNS server.",
+    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the CA is private,"
+    " set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
+    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is wrong.",
+    "ConnectionRefusedError": "Nothing listens there: check {}, and that the service is running.",
+    "timeout": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "TimeoutError": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "OSError": "Check {}, and the proxy if there is one.",
+}
+
+
+def _diagnose() -> Iterator[tuple[str, bool, str]]:
+    """Yield each check, whether all is well, and what was found, with what to do about it. Sends no log."""
+    key = ""
+    try:
+        key = _checked_key(None)
+        source = "the environment" if os.environ.get("CHIRROP_API_KEY") else ".env"
+        yield "key", True, f"from {source}, has the right form"
+    except ChirrOpValidationError as exc:
+        yield "key", False, f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key."
+    if Config("chp_doctor", DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT).disabled:
+        yield "switch", False, "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them."
+    for name, variable, default in (
+        ("logs", "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
+        ("api", "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT),
+    ):
+        try:
+            yield from _diagnose_endpoint(name, _checked_endpoint(variable, None, variable, default), key, variable)
+        except ChirrOpValidationError as exc:
+            yield name, False, f"{exc}. Correct it, or unset it for {default}."
+
+
+def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator[tuple[str, bool, str]]:
+    """Check the way to an endpoint with a GET by the client's own transport: proxy, DNS, TLS, answer, clock."""
+    import email.utils
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # without its password
+    past = not proxy or urllib.request.proxy_bypass(parts.netloc)
+    yield name, True, f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    transport = _UrllibTransport()
+    try:
+        status, body, fields = transport("GET", url + "/events" * (name == "api"), None, headers, 10)
+    except OSError as exc:
+        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
+        cure = next(text for kind, text in _CURES.items() if kind in kinds)
+        yield name, False, f"{exc}. {cure.format(variable)}"
+        return
+    finally:
+        transport.close()
+    error = "" if 200 <= status < 300 else str(_Answer(status, body.replace(key.encode() or b"\0", b"***")).error())
+    reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
+    if name == "logs" and (status < 300 or 400 <= status < 500):
+        yield name, True, reached  # it takes POST alone, and no log is sent: this answer tells no more
+    elif status in (401, 403):
+        yield name, not key, f"{error}. The key is wrong, revoked, or of another workspace." if key else reached
+    elif error or not body.lstrip().startswith(b"["):
+        yield name, False, f"{error or 'not a list of events'}. Check {variable}, or try again later."
+    else:
+        yield name, True, f"{reached}, key accepted"
+    date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
+    if date is not None:
+        ahead = time.time() - email.utils.mktime_tz(date)
+        words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
+        good = abs(ahead) <= _CLOCK_SECONDS
+        yield "clock", good, words if good else f"{words}. Correct this computer's: logs take their time from it."
+
+
+def _cmd_sandbox(args: Any) -> int:
+    _integer("--port", args.port, 0, 65535)
+    with _serve_sandbox(Sandbox(), args.port) as server:
+        base = f"http://127.0.0.1:{server.server_address[1]}/v1.0"
+        variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
+        _result(args, variables, lambda: print("\n".join(f"export {k}={v}" for k, v in variables.items())))
+        sys.stdout.flush()
+        _say("any key that starts with chp_ will do; Ctrl-C ends the sandbox, which then forgets all")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _demo_logs() -> Iterator[Log]:
+    """Yield 5,000 logs of a small system over the last six hours, the busier the later."""
+    import random
+
+    rng, now = random.Random(2), datetime.now(timezone.utc)
+    for number in range(5000):
+        agent, event, size = _DEMO_EVENTS[number % len(_DEMO_EVENTS)]
+        at = now - timedelta(hours=6 * (1 - rng.random() ** 0.5))
+        value = round(size * rng.lognormvariate(0, 0.5), 2)
+        meta = {"region": rng.choice(("eu", "us")), "release": "2.4.1"}
+        yield Log("poison.log" if number == 2600 else event, value, agent, meta=meta, occurred_at=at)
+
+
+def _cmd_demo(args: Any) -> int:
+    """Send logs through a real client into a sandbox that misbehaves, and tell what became of them."""
+    sandbox, logs = Sandbox(), list(_demo_logs())
+    sandbox.reject(lambda log: log["event"] == "poison.log")
+    lost: list[str] = []
+    config = Config(
+        "chp_demo",
+        DEFAULT_API_ENDPOINT,
+        DEFAULT_SERVICER_ENDPOINT,
+        log_level="CRITICAL",  # the account tells it all
+        transport=sandbox,
+        on_drop=lambda dropped, error: lost.extend(f"{log['agent']} {log['event']}: {error}" for log in dropped),
+    )
+    vars(config)["disabled"] = False  # whatever CHIRROP_DISABLED says: nothing leaves this process
+    client, part = Client(config), len(logs) // len(_DEMO_FAULTS)
+    with _Progress(client), client:
+        for number, fault in enumerate(_DEMO_FAULTS):
+            sandbox.fail(path="/logs", **fault)
+            for entry in logs[number * part : (number + 1) * part]:
+                client.log(entry)
+            client.flush()
+        event = client.find_event("http.request.duration_ms", agent="checkout") or {}
+        rollups = client.get_event_logs(event["event_id"], "hour")
+        answer = client.get_event_analytics(event["event_id"], "window", "1h", "previous_window")
+    stats, statuses = client.stats(), [request["status"] or "no answer" for request in sandbox.requests]
+    failures = {str(status): statuses.count(status) for status in dict.fromkeys(statuses) if status != 200}
+    balanced = stats.accepted == len(logs) == stats.delivered + len(lost) and len(sandbox.logs) == stats.delivered
+
+    def show() -> None:
+        _show_rollups(event, "hour", rollups)
+        print()
+        _show_analytics(event, answer)
+        failed = ", ".join(f"{count} x {status}" for status, count in failures.items())
+        print("\n" + _wrap(f"{len(statuses)} requests, of which failed: {failed}", sys.stdout))
+        print(_wrap(f"accepted {stats.accepted:,} = delivered {stats.delivered:,} + dropped {len(lost)}", sys.stdout))
+        for text in lost:
+            print(_wrap(f"dropped {text}", sys.stdout, 2))
+
+    account = {"accepted": stats.accepted, "delivered": stats.delivered, "dropped": lost, "balanced": balanced}
+    _result(args, {**account, "failures": failures, "event": event, "rollups": rollups, "analytics": answer}, show)
+    return 0 if balanced else 1
+
+
+def _arguments(argv: list[str] | None) -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="chirrop", description="Send events to ChirrOp, and ask it about them.")
+    parser.add_argument("--version", action="version", version=f"chirrop {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    agent: Any = ("--agent", {"help": "who produces the event"})
+    event: Any = ("event", {"metavar": "EVENT", "help": "name or id"})
+    table: list[tuple[Callable[[Any], int], str, list[Any]]] = [
+        (_cmd_demo, "send 5,000 logs into a misbehaving sandbox: no key, no network", []),
+        (_cmd_log, "send one log, or JSON Lines from standard input", [
+            ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
+            ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
+            ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
+            ("--log-id", {"metavar": "UUID", "help": "default: a random one"})]),
+        (_cmd_events, "list the event definitions", []),
+        (_cmd_rollups, "show an event's counts and sums over time", [
+            event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),
+        (_cmd_analytics, "compare an event's last hours or days with earlier ones", [
+            event, agent, ("--period", {"choices": _WINDOWS, "default": "1h"}),
+            ("--previous", {"choices": _PREVIOUS, "default": "previous_window"})]),
+        (_cmd_alerts, "list alerts, or move one on", [
+            ("action", {"choices": ("ack", "resolve", "archive"), "nargs": "?"}),
+            ("id", {"metavar": "ID", "nargs": "?"}), ("--status", {"choices": _ALERT_STATUSES})]),
+        (_cmd_api, "make any call of the control plane", [
+            ("method", {"metavar": "METHOD"}), ("path", {"metavar": "PATH", "help": "e.g. /alerts?status=triggered"}),
+            ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
+        (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
+        (_cmd_doctor, "find out why nothing arrives; sends no log", []),
+        (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [("--port", {"type": int, "default": 0})]),
+    ]  # fmt: skip
+    for run, about, arguments in table:
+        command = commands.add_parser(run.__name__[5:], help=about, description=about)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        for name, options in arguments:
+            command.add_argument(name, **options)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status: 0, 1 (failed or interrupted) or 2 (usage, configuration)."""
+    import logging
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or io.StringIO()  # None: closed before Python started
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logger, handler = logging.getLogger("chirrop"), logging.Handler()
+    handler.emit = lambda record: _say(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        args = _arguments(argv)
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except SystemExit as exc:  # argparse has said why
+        status = int(exc.code or 0)
+    except KeyboardInterrupt:
+        status = 1
+    except BrokenPipeError:  # the reader has seen enough
+        status = 0
+    except (ChirrOpError, OSError) as exc:
+        _say(exc)
+        status = 2 if isinstance(exc, ChirrOpValidationError) else 1
+    logger.removeHandler(handler)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter must not try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 
 # ---- Licence --------------------------------------------------------------
