@@ -1452,9 +1452,8 @@ def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float])
 
 
 def _random() -> float:
-    import random
-
-    return random.SystemRandom().random()  # a cloned process must not share its jitter
+    """Return a float in [0, 1) that a cloned or forked process does not share."""
+    return int.from_bytes(os.urandom(6), "big") / 2.0**48
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -2069,8 +2068,10 @@ class _Sender:
         self._link.after_fork()
         self._reset()
 
-    def abandon(self, _: object = None) -> None:
+    def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """The client was garbage-collected: send what is held, then end. Called by the collector: no locks."""
+        if ending():  # the exit hook has run, and the names of this module are going
+            return
         self.abandoned = True
         if self._threads:
             self._bell.put(None)
@@ -2330,12 +2331,7 @@ class _TimedSocket(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("the answer did not end in time")
         self._sock.settimeout(left)
-        try:
-            count: int | None = self._raw.readinto(buffer)
-        except OSError as exc:
-            if "timed out" in str(exc):  # socket.timeout, which is a TimeoutError from Python 3.10 on only
-                raise TimeoutError("the answer did not end in time") from exc
-            raise
+        count: int | None = self._raw.readinto(buffer)
         self.ended = count == 0
         return count
 
@@ -2416,10 +2412,9 @@ class _UrllibTransport:
         if connection is not None:
             try:
                 return self._talk(connection, request, deadline, place)
-            except TimeoutError:
-                raise
             except OSError:  # closed by the server between two requests; nothing was answered
-                pass
+                if time.monotonic() > deadline - 0.01:  # or a time-out, which Python 3.9 has two classes for
+                    raise
         return self._talk(self._connect(request, deadline), request, deadline, place)
 
     def _talk(
@@ -2448,6 +2443,8 @@ class _UrllibTransport:
                 response.begin()
             if response.fp.raw.ended:  # which http.client takes for the end of the headers
                 raise http.client.HTTPException("answer cut short: it ends within its headers")
+            if unread and response.status < 300:
+                raise http.client.HTTPException("an answer to half a request")
             failure = None
             try:
                 body = self._read(response)
@@ -2586,7 +2583,7 @@ class _Link:
                 raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
         except BaseException as exc:  # a transport may be the application's; its errors end no sender
             if isinstance(exc, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
-                raise _without_key(exc, self._key) from None
+                raise _without_key(exc, "") from None
             return _Answer(0, cause=_without_key(exc, self._key))
         if not 200 <= status < 300:
             content = _masked(bytes(content), self._key)
@@ -2597,13 +2594,13 @@ class _Link:
         try:
             import email.utils
             import http.client
-            import random
 
             if isinstance(self._transport, _UrllibTransport):
-                import encodings.idna
                 import select
+                import urllib.request  # noqa: F401  # before ssl, which not every Python has
+
+                import encodings.idna
                 import ssl
-                import urllib.request  # noqa: F401
         except Exception:
             pass
 
@@ -2672,7 +2669,7 @@ class Client:
     def __init__(self, config: Config | None = None) -> None:
         config = _hidden(config)  # it may be a key
         if config is not None and not isinstance(config, Config):
-            raise ChirrOpValidationError(f"config must be a Config, got a {type(config).__name__}; a key is api_key=...")
+            raise ChirrOpValidationError(f"config must be a Config, got {type(config).__name__}; a key is api_key=...")
         self.config = config = config or Config()
         self._timeout, self._servicer_retries = config.timeout, config.servicer_retries
         self._link = _Link(config)
@@ -2695,6 +2692,8 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
+        if "_sender" not in self.__dict__:  # a traceback with locals shows one whose making failed
+            return "<chirrop.Client>"
         return f"<chirrop.Client {self.config.api_endpoint} {self.stats()}>"
 
     # Events.
