@@ -222,9 +222,7 @@ if TYPE_CHECKING:
 
     # One attempt, no retries: transport(method, url, body, headers, timeout) -> (status, body, headers).
     # Any status is returned; a network failure is raised as an OSError.
-    Transport = Callable[
-        [str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]
-    ]
+    Transport = Callable[[str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]]
     _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -337,7 +335,7 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
         link.__traceback__ = None
         try:
             text = str(link)
-            quoted = quoted or bool(key) and (key in text or repr(str(key))[1:-1] in text)
+            quoted = quoted or (bool(key) and (key in text or repr(str(key))[1:-1] in text))
         except Exception:  # the application's own exception class
             quoted = True
         link = link.__cause__ or link.__context__
@@ -376,7 +374,8 @@ def _mint(now: float) -> tuple[str, str]:
 
     os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so it is
     asked for a block. A block lives for one wall-clock second at most, which keeps a restored snapshot
-    from repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a third to a log's cost.
+    from repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a
+    third to a log's cost.
     """
     global _minted
     second, pid = int(now), os.getpid()
@@ -393,7 +392,7 @@ def _mint(now: float) -> tuple[str, str]:
         digits = os.urandom(1024).hex()
         _minted = (second, pid, text, [digits[i : i + 32] for i in range(0, 2048, 32)])
     log_id = f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{_VARIANT[h[16]]}{h[17:20]}-{h[20:]}"
-    return log_id, "%s.%06dZ" % (text, (now - second) * 1e6)
+    return log_id, f"{text}.{int((now - second) * 1e6):06d}Z"
 
 
 def _number(value: Any) -> int | float:
@@ -482,9 +481,7 @@ def _encode_json(name: str, value: object) -> bytes:
             reason = f"{type(exc).__name__}: {exc}"[:200]
         except Exception:
             pass
-        raise ChirrOpValidationError(
-            f"{name} must be JSON-encodable, got {type(value).__name__}: {reason}"
-        ) from None
+        raise ChirrOpValidationError(f"{name} must be JSON-encodable, got {type(value).__name__}: {reason}") from None
 
 
 def _encode_meta(meta: object) -> str:
@@ -541,9 +538,7 @@ def _encode_log(
 def _check_log(fields: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return a log as the wire carries it, checked and with its defaults filled in, as a new dict."""
     get = fields.get
-    body = _encode_log(
-        get("event"), get("value"), get("agent"), get("log_id"), get("meta"), get("occurred_at"), now
-    )
+    body = _encode_log(get("event"), get("value"), get("agent"), get("log_id"), get("meta"), get("occurred_at"), now)
     log: dict[str, Any] = json.loads(body)
     return log
 
@@ -696,9 +691,7 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     except (ValueError, TypeError, AttributeError):
         pass
     # User info may be a password: only the rule is shown, not the URL.
-    raise ChirrOpValidationError(
-        f"{name} must be an absolute http or https URL without user info, query or fragment"
-    )
+    raise ChirrOpValidationError(f"{name} must be an absolute http or https URL without user info, query or fragment")
 
 
 def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int:
@@ -799,9 +792,7 @@ class Config:
             _optional("ssl_context", ssl_context, "an ssl.SSLContext", isinstance(ssl_context, ssl.SSLContext))
         self.__dict__.update(
             api_key=_Secret("") if off and not api_key else _checked_key(api_key),
-            api_endpoint=_checked_endpoint(
-                "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
-            ),
+            api_endpoint=_checked_endpoint("api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
             servicer_endpoint=_checked_endpoint(
                 "servicer_endpoint", servicer_endpoint, "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT
             ),
@@ -940,7 +931,7 @@ _SQL_OWNERS = "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id"
 _SQL_ADOPT = "UPDATE owners SET holder = ? WHERE id = ?"
 _SQL_RELEASE = "UPDATE owners SET holder = NULL WHERE holder = ?"
 _SQL_FORGET = (
-    "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"
+    "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"  # noqa: S608  # made of constants
     f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
 )
 
@@ -1387,8 +1378,7 @@ class SqliteSpool:
         damaged = (
             type(exc) in (sqlite3.DatabaseError, sqlite3.IntegrityError, OverflowError, TypeError)
             or isinstance(exc, UnicodeError)
-            or isinstance(exc, sqlite3.OperationalError)
-            and any(w in text for w in ("no such", "malformed", "UTF-8"))
+            or (isinstance(exc, sqlite3.OperationalError) and any(w in text for w in ("no such", "malformed", "UTF-8")))
         )
         if damaged:
             self._set_aside()
@@ -1481,7 +1471,11 @@ class _Answer:
     __slots__ = ("status", "body", "headers", "cause")
 
     def __init__(
-        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, cause: BaseException | None = None
+        self,
+        status: int,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        cause: BaseException | None = None,
     ) -> None:
         self.status, self.body, self.cause = status, body, cause
         self.headers: Mapping[str, str] = headers or {}
@@ -2007,7 +2001,7 @@ class _Reporter:
 
     def write(self, final: bool = False) -> None:
         """Hand notes to the logger, and drops added up; returns at once when called from a handler of ours."""
-        if not (final and self._drops or self.due()) or getattr(_reporting, "active", False):
+        if not ((final and self._drops) or self.due()) or getattr(_reporting, "active", False):
             return
         import logging
 
@@ -2098,9 +2092,7 @@ class _Sender:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             if _exiting or len(self._threads) >= self.outbox.width:
                 return
-            thread = threading.Thread(
-                target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True
-            )
+            thread = threading.Thread(target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True)
             try:
                 thread.start()
                 self._threads.append(thread)
@@ -2371,7 +2363,8 @@ class _UrllibTransport:
         import urllib.request
 
         opener = self._opener or self._build()
-        request = urllib.request.Request(url, body, dict(headers), method=method)
+        # The opener has handlers for http and https alone.
+        request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
         try:
             answer = opener.open(request, timeout=timeout)
             if answer is None:
@@ -2568,9 +2561,7 @@ class _Link:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
 
-    def attempt(
-        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
-    ) -> _Answer:
+    def attempt(self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True) -> _Answer:
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -2582,7 +2573,8 @@ class _Link:
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
         except BaseException as exc:  # a transport may be the application's; its errors end no sender
-            if isinstance(exc, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
+            main = threading.current_thread() is threading.main_thread()
+            if main and isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise _without_key(exc, "") from None
             return _Answer(0, cause=_without_key(exc, self._key))
         if not 200 <= status < 300:
@@ -2590,18 +2582,16 @@ class _Link:
         return _Answer(status, bytes(content), fields)
 
     def preload(self) -> None:
-        """Import what attempts need later, so that it happens at a known moment; an import fails there, not here."""
+        """Import what attempts need, at a moment that a fork waits for; what fails here fails again in its place."""
+        import importlib
+
+        names = ["email.utils"]
+        if isinstance(self._transport, _UrllibTransport):  # urllib before ssl, which not every Python has
+            names += ["http.client", "select", "urllib.request", "encodings.idna", "ssl"]
         try:
-            import email.utils
-            import http.client
-
-            if isinstance(self._transport, _UrllibTransport):
-                import select
-                import urllib.request  # noqa: F401  # before ssl, which not every Python has
-
-                import encodings.idna
-                import ssl
-        except Exception:
+            for name in names:
+                importlib.import_module(name)
+        except ImportError:
             pass
 
     def after_fork(self) -> None:
@@ -2856,9 +2846,7 @@ class Client:
             view._servicer_retries = _integer("servicer_retries", servicer_retries, 0)
         return view
 
-    def request(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, body: object = None
-    ) -> Any:
+    def request(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: object = None) -> Any:
         """Make one control-plane call; every other method goes through this one.
 
         Blocks, in this thread, for at most `timeout` seconds per attempt, with up to `servicer_retries`
@@ -2888,7 +2876,8 @@ class Client:
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
         segments = path.strip("/").split("/") if isinstance(path, str) else [""]
-        if not all(s and s not in (".", "..") and all("!" <= c <= "~" and c not in "?#\\" for c in s) for s in segments):
+        clean = all("!" <= c <= "~" and c not in "?#\\" for segment in segments for c in segment)
+        if not clean or not {"", ".", ".."}.isdisjoint(segments):
             raise ChirrOpValidationError(f"path must be encoded segments without a query, got {_show(path)}")
         url = f"{self.config.servicer_endpoint}/{path.strip('/')}"
         pairs = [(k, str(v).lower() if isinstance(v, bool) else v) for k, v in (query or {}).items() if v is not None]
@@ -3345,33 +3334,61 @@ if TYPE_CHECKING:
 
 _SANDBOX_BODY_BYTES = 16 << 20  # the served sandbox answers 413 above this
 _SANDBOX_USER = "00000000-0000-4000-8000-000000000001"
-_SANDBOX_IDS = {"events": "event_id", "policies": "policy_id", "alerts": "alert_id",
-                "destinations": "destination_id"}
+_SANDBOX_IDS = {"events": "event_id", "policies": "policy_id", "alerts": "alert_id", "destinations": "destination_id"}
 # What a client may set: name -> (type or vocabulary, default); None: required.
 _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     "events": {
-        "event": (str, None), "agent": (str, ""), "title": (str, ""), "description": (str, ""),
-        "unit": (str, ""), "timezone": (str, "UTC"), "public": (bool, False)},
+        "event": (str, None),
+        "agent": (str, ""),
+        "title": (str, ""),
+        "description": (str, ""),
+        "unit": (str, ""),
+        "timezone": (str, "UTC"),
+        "public": (bool, False),
+    },
     "policies": {
-        "event_id": (str, None), "title": (str, ""), "description": (str, ""),
-        "channel": (str, "ops"), "period": (_PERIODS, None), "aggregate": (_AGGREGATES, None),
-        "condition": (_CONDITIONS, None), "threshold": (float, None),
-        "severity": (_SEVERITIES, "warning"), "enabled": (bool, True)},
+        "event_id": (str, None),
+        "title": (str, ""),
+        "description": (str, ""),
+        "channel": (str, "ops"),
+        "period": (_PERIODS, None),
+        "aggregate": (_AGGREGATES, None),
+        "condition": (_CONDITIONS, None),
+        "threshold": (float, None),
+        "severity": (_SEVERITIES, "warning"),
+        "enabled": (bool, True),
+    },
     "destinations": {
-        "channel": (_CHANNELS, None), "url": (str, ""), "credentials": (dict, {}),
-        "scope": (str, "all"), "policy_ids": (list, []), "enabled": (bool, True)}}
-_SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number",
-                  dict: "an object", list: "a list"}
-_SANDBOX_NEEDS = {"slack": ("url",), "discord": ("url",), "webhook": ("url",),
-                  "telegram": ("bot_token", "chat_id"), "email": ()}
+        "channel": (_CHANNELS, None),
+        "url": (str, ""),
+        "credentials": (dict, {}),
+        "scope": (str, "all"),
+        "policy_ids": (list, []),
+        "enabled": (bool, True),
+    },
+}
+_SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number", dict: "an object", list: "a list"}
+_SANDBOX_NEEDS = {
+    "slack": ("url",),
+    "discord": ("url",),
+    "webhook": ("url",),
+    "telegram": ("bot_token", "chat_id"),
+    "email": (),
+}
 # Verb -> the status it leads to, the statuses it may start from.
-_SANDBOX_VERBS = {"acknowledge": ("acknowledged", ("triggered",)),
-                  "resolve": ("resolved", ("triggered", "acknowledged")),
-                  "archive": ("archived", ("triggered", "acknowledged", "resolved"))}
-_SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7),
-                  "1m": timedelta(days=30)}
-_SANDBOX_CONDITIONS = {"gt": float.__gt__, "lt": float.__lt__, "eq": float.__eq__,
-                       "gte": float.__ge__, "lte": float.__le__}
+_SANDBOX_VERBS = {
+    "acknowledge": ("acknowledged", ("triggered",)),
+    "resolve": ("resolved", ("triggered", "acknowledged")),
+    "archive": ("archived", ("triggered", "acknowledged", "resolved")),
+}
+_SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
+_SANDBOX_CONDITIONS = {
+    "gt": float.__gt__,
+    "lt": float.__lt__,
+    "eq": float.__eq__,
+    "gte": float.__ge__,
+    "lte": float.__le__,
+}
 
 
 class _SandboxRefusal(Exception):
@@ -3407,6 +3424,7 @@ def _sandbox_copy(value: Any) -> Any:
 def _sandbox_id(text: str | None = None) -> str:
     """Return `text` as a canonical UUID, or a new one."""
     import uuid
+
     try:
         return str(uuid.uuid4() if text is None else uuid.UUID(text))
     except ValueError as exc:
@@ -3417,6 +3435,7 @@ def _sandbox_zone(name: str) -> Any:
     if name == "UTC":  # must work where there is no time zone database
         return timezone.utc
     import zoneinfo
+
     try:
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError) as exc:
@@ -3432,9 +3451,8 @@ def _sandbox_choice(query: _Row, name: str, choices: tuple[str, ...], default: s
 def _sandbox_page(items: list[_Row], query: _Row) -> list[_Row]:
     limit, offset = query.get("limit", "100"), query.get("offset", "0")
     for name, text in (("limit", limit), ("offset", offset)):
-        _sandbox_need(text.isascii() and text.isdigit() and len(text) < 10,
-                      f"{name} must be a non-negative integer")
-    return items[int(offset):int(offset) + int(limit)]
+        _sandbox_need(text.isascii() and text.isdigit() and len(text) < 10, f"{name} must be a non-negative integer")
+    return items[int(offset) : int(offset) + int(limit)]
 
 
 def _sandbox_fits(value: Any, rule: Any) -> bool:
@@ -3474,8 +3492,7 @@ def _sandbox_finite(number: float) -> float:
 
 
 def _sandbox_add(buckets: dict[Any, _Row], key: object, value: float) -> None:
-    bucket = buckets.setdefault(key, {"count": 0, "value": 0.0, "squares": 0.0,
-                                      "min": value, "max": value})
+    bucket = buckets.setdefault(key, {"count": 0, "value": 0.0, "squares": 0.0, "min": value, "max": value})
     bucket["count"] += 1
     bucket["value"] = _sandbox_finite(bucket["value"] + value)
     bucket["squares"] = _sandbox_finite(bucket["squares"] + value * value)
@@ -3485,8 +3502,14 @@ def _sandbox_add(buckets: dict[Any, _Row], key: object, value: float) -> None:
 def _sandbox_aggregates(bucket: _Row) -> _Row:
     mean = bucket["value"] / bucket["count"]
     stddev = math.sqrt(max(0.0, bucket["squares"] / bucket["count"] - mean * mean))
-    return {**bucket, "sum": bucket["value"], "average": mean, "stddev": stddev,
-            "p95_est": mean + 1.645 * stddev, "p99_est": mean + 2.326 * stddev}
+    return {
+        **bucket,
+        "sum": bucket["value"],
+        "average": mean,
+        "stddev": stddev,
+        "p95_est": mean + 1.645 * stddev,
+        "p99_est": mean + 2.326 * stddev,
+    }
 
 
 def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
@@ -3502,8 +3525,7 @@ def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
         now, before = data[f"current_{name}"], data[f"previous_{name}"]
         known = None not in (now, before)
         data[f"{name}_delta"] = _sandbox_finite(now - before) if known else None
-        data[f"{name}_pct_change"] = (
-            _sandbox_finite((now - before) / abs(before) * 100) if known and before else None)
+        data[f"{name}_pct_change"] = _sandbox_finite((now - before) / abs(before) * 100) if known and before else None
     return data
 
 
@@ -3523,8 +3545,13 @@ class Sandbox:
         sleep: waits out a scripted delay, in seconds.
     """
 
-    def __init__(self, *, key: str | None = None, clock: Callable[[], float] = time.time,
-                 sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self,
+        *,
+        key: str | None = None,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
         self._key, self._clock, self._sleep = key, clock, sleep
         self._lock = threading.RLock()  # guards all that reset() makes
         self.reset()
@@ -3554,10 +3581,19 @@ class Sandbox:
         with self._lock:
             return list(_sandbox_copy(self._requests))
 
-    def fail(self, times: int | None = 1, *, status: int | None = None, body: Any = None,
-             headers: Mapping[str, str] | None = None, retry_after: object = None,
-             drop: str | None = None, delay: float = 0.0,
-             method: str | None = None, path: str = "") -> None:
+    def fail(
+        self,
+        times: int | None = 1,
+        *,
+        status: int | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        retry_after: object = None,
+        drop: str | None = None,
+        delay: float = 0.0,
+        method: str | None = None,
+        path: str = "",
+    ) -> None:
         """Script a fault for the next matching requests; the oldest fault comes first.
 
         Args:
@@ -3584,17 +3620,23 @@ class Sandbox:
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
         with self._lock:
-            self._faults.append({
-                "times": math.inf if times is None else times, "answer": answer,
-                "drop": drop, "delay": delay, "method": method, "path": path or ""})
+            self._faults.append(
+                {
+                    "times": math.inf if times is None else times,
+                    "answer": answer,
+                    "drop": drop,
+                    "delay": delay,
+                    "method": method,
+                    "path": path or "",
+                }
+            )
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
         """Answer 400 to each request that holds a log for which `predicate` is true."""
         with self._lock:
             self._poison.append(predicate)
 
-    def __call__(self, method: str, url: str, body: bytes | None,
-                 headers: Mapping[str, str], timeout: float) -> _Reply:
+    def __call__(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> _Reply:
         """Answer one request; ConnectionResetError and TimeoutError only as scripted."""
         request, problem, fault = self._receive(method, url, body)
         delay, drop = fault.get("delay", 0.0), fault.get("drop")
@@ -3614,10 +3656,16 @@ class Sandbox:
     def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
         """Record a request; return the record, what is wrong with its body, its fault."""
         from urllib.parse import parse_qsl, urlsplit
+
         parts = urlsplit(url)
         parsed, problem = _sandbox_json(body)
-        request = {"method": method, "path": parts.path, "body": parsed, "status": 0,
-                   "query": dict(parse_qsl(parts.query, keep_blank_values=True))}
+        request = {
+            "method": method,
+            "path": parts.path,
+            "body": parsed,
+            "status": 0,
+            "query": dict(parse_qsl(parts.query, keep_blank_values=True)),
+        }
         with self._lock:
             self._requests.append(request)
             for fault in self._faults:
@@ -3631,8 +3679,11 @@ class Sandbox:
         given = {name.lower(): value for name, value in headers.items()}
         scheme, _, key = given.get("authorization", "").partition(" ")
         try:
-            _sandbox_need(scheme.lower() == "bearer" and key.startswith("chp_")
-                          and self._key in (None, key), "invalid API key", 401)
+            _sandbox_need(
+                scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key),
+                "invalid API key",
+                401,
+            )
             with self._lock:
                 return _sandbox_answer(200, self._route(request, problem))
         except _SandboxRefusal as exc:
@@ -3642,6 +3693,7 @@ class Sandbox:
     def _route(self, request: _Row, problem: str) -> Any:
         """Return what the handler of the request in _ROUTES returns."""
         from urllib.parse import unquote
+
         path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
         shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
         methods = self._ROUTES.get(shape, {})
@@ -3659,8 +3711,7 @@ class Sandbox:
 
     def _ingest(self, path: list[str], query: _Row, body: Any) -> bytes:
         _sandbox_need(isinstance(body, list), "body must be a JSON array of logs")
-        _sandbox_need(0 < len(body) <= MAX_BATCH,
-                      f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}")
+        _sandbox_need(0 < len(body) <= MAX_BATCH, f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}")
         fresh: dict[str, set[datetime]] = {}
         for log in [self._check(index, fields) for index, fields in enumerate(body)]:
             if log["log_id"] not in self._logs:
@@ -3711,9 +3762,17 @@ class Sandbox:
                 self._alert(policy, event, {**buckets[start], "value": value})
 
     def _alert(self, policy: _Row, event: _Row, seen: _Row) -> None:
-        alert = {"alert_id": _sandbox_id(), **policy, "agent": event["agent"],
-                 "event": event["event"], "status": "triggered", **seen,
-                 "triggered_at": _iso(self._now()), "acknowledged_at": None, "resolved_at": None}
+        alert = {
+            "alert_id": _sandbox_id(),
+            **policy,
+            "agent": event["agent"],
+            "event": event["event"],
+            "status": "triggered",
+            **seen,
+            "triggered_at": _iso(self._now()),
+            "acknowledged_at": None,
+            "resolved_at": None,
+        }
         for name in ("description", "enabled", "squares"):
             del alert[name]
         self._stores["alerts"][alert["alert_id"]] = alert
@@ -3724,11 +3783,22 @@ class Sandbox:
 
     def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
         now = destination["last_delivered_at"] = _iso(self._now())
-        self._attempts.append((kind, {
-            "attempt_id": _sandbox_id(), "alert_id": alert_id,
-            "destination_id": destination["destination_id"], "channel": destination["channel"],
-            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
-            "status": "sent", "response_status": 200, "error_message": None, "created_at": now}))
+        self._attempts.append(
+            (
+                kind,
+                {
+                    "attempt_id": _sandbox_id(),
+                    "alert_id": alert_id,
+                    "destination_id": destination["destination_id"],
+                    "channel": destination["channel"],
+                    "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+                    "status": "sent",
+                    "response_status": 200,
+                    "error_message": None,
+                    "created_at": now,
+                },
+            )
+        )
 
     def _find(self, path: list[str], *_: Any) -> _Row:
         record = self._stores[path[0]].get(path[1], {})
@@ -3751,13 +3821,19 @@ class Sandbox:
         agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
         _sandbox_need(event, "event must not be blank")
         _sandbox_zone(fields["timezone"])
-        _sandbox_need(self._named.get((agent, event), record) is record,
-                      "this agent and event have a definition already", 422)
+        _sandbox_need(
+            self._named.get((agent, event), record) is record, "this agent and event have a definition already", 422
+        )
         self._named.pop((record.get("agent", agent), event), None)
         self._named[agent, event] = record
         token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
-        fields.update(agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER,
-                      created_at=record.get("created_at", _iso(self._now())))
+        fields.update(
+            agent=agent,
+            event=event,
+            share_token=token,
+            user_id=_SANDBOX_USER,
+            created_at=record.get("created_at", _iso(self._now())),
+        )
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
         fields["event_id"] = _sandbox_id(fields["event_id"])
@@ -3769,40 +3845,53 @@ class Sandbox:
             given = url if name == "url" else credentials.get(name)
             _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
         scheme, _, rest = url.partition("://")
-        _sandbox_need(not url or scheme in ("http", "https") and rest.partition("/")[0],
-                      "url must be an absolute http(s) URL")
-        _sandbox_need(all(type(item) in (str, int) for item in credentials.values()),
-                      "credentials must be strings")
+        _sandbox_need(
+            not url or (scheme in ("http", "https") and rest.partition("/")[0]), "url must be an absolute http(s) URL"
+        )
+        _sandbox_need(all(type(item) in (str, int) for item in credentials.values()), "credentials must be strings")
         fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
-        _sandbox_need(set(fields["policy_ids"]) <= set(self._stores["policies"]),
-                      "policy_ids names an unknown policy", 422)
+        _sandbox_need(
+            set(fields["policy_ids"]) <= set(self._stores["policies"]), "policy_ids names an unknown policy", 422
+        )
         now = _iso(self._now())
-        fields.update(created_at=record.get("created_at", now), updated_at=now,
-                      last_delivered_at=record.get("last_delivered_at"), last_error=None)
+        fields.update(
+            created_at=record.get("created_at", now),
+            updated_at=now,
+            last_delivered_at=record.get("last_delivered_at"),
+            last_error=None,
+        )
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
-        return _sandbox_page([
-            {**same, "period": period, "occurred_at": _iso(start), **bucket}
-            for start, bucket in sorted(self._buckets(event, period).items())], query)
+        return _sandbox_page(
+            [
+                {**same, "period": period, "occurred_at": _iso(start), **bucket}
+                for start, bucket in sorted(self._buckets(event, period).items())
+            ],
+            query,
+        )
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
         event_id = self._find(path)["event_id"]
         view = _sandbox_choice(query, "view", _VIEWS)
         period = _sandbox_choice(query, "period", _WINDOWS)
         previous = _sandbox_choice(query, "previous", _PREVIOUS)
-        _sandbox_need(previous in _ANALYTICS_PAIRS[period],
-                      f"{previous} is not supported with period {period}")
+        _sandbox_need(previous in _ANALYTICS_PAIRS[period], f"{previous} is not supported with period {period}")
         windows: dict[str, _Row] = {}
         span, now = _SANDBOX_SPANS[period], self._now()
-        shift = _SANDBOX_SPANS.get(previous[len("previous_"):], span)
+        shift = _SANDBOX_SPANS.get(previous[len("previous_") :], span)
         for at, value in self._points.get(event_id, []):
             for name, end in (("current", now), ("previous", now - shift)):
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
-        return {"event_id": event_id, "view": view, "period": period, "previous": previous,
-                "data": _sandbox_compare(windows) if windows else None}
+        return {
+            "event_id": event_id,
+            "view": view,
+            "period": period,
+            "previous": previous,
+            "data": _sandbox_compare(windows) if windows else None,
+        }
 
     def _list_alerts(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         alerts = self._list(path)
@@ -3814,8 +3903,7 @@ class Sandbox:
     def _move_alert(self, path: list[str], *_: Any) -> _Row:
         alert, (status, starts) = self._find(path), _SANDBOX_VERBS[path[2]]
         if alert["status"] != status:  # repeating a step changes nothing
-            _sandbox_need(alert["status"] in starts,
-                          f"cannot {path[2]} an alert that is {alert['status']}", 422)
+            _sandbox_need(alert["status"] in starts, f"cannot {path[2]} an alert that is {alert['status']}", 422)
             alert["status"] = status
             if f"{status}_at" in alert:
                 alert[f"{status}_at"] = _iso(self._now())
@@ -3833,8 +3921,7 @@ class Sandbox:
         self._deliver("test", alert_id, destination)
         return {"alert_id": alert_id, "destination_id": path[1], "status": "sent"}
 
-    _COMPLETE = {"events": _complete_event, "policies": _complete_policy,
-                 "destinations": _complete_destination}
+    _COMPLETE = {"events": _complete_event, "policies": _complete_policy, "destinations": _complete_destination}
     _ROUTES: dict[str, dict[str, Callable[[Sandbox, list[str], _Row, Any], Any]]] = {
         "logs": {"POST": _ingest},
         "events": {"GET": _list, "POST": _save},
@@ -3878,15 +3965,15 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 
         def answer(self) -> None:
             length = self.headers.get("Content-Length", "0")
-            plain = length.isascii() and length.isdigit()
-            if not plain or "Transfer-Encoding" in self.headers:
-                return self.refuse(400, "a body needs its length in Content-Length")
-            if len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
-                return self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
-            body = self.rfile.read(int(length))
-            if len(body) == int(length):
-                url = "http://127.0.0.1/" + self.path.lstrip("/")
-                self.reply(sandbox(self.command, url, body, dict(self.headers), math.inf))
+            if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
+                self.refuse(400, "a body needs its length in Content-Length")
+            elif len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
+                self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
+            else:
+                body = self.rfile.read(int(length))
+                if len(body) == int(length):
+                    url = "http://127.0.0.1/" + self.path.lstrip("/")
+                    self.reply(sandbox(self.command, url, body, dict(self.headers), math.inf))
 
         def refuse(self, status: int, text: str) -> None:
             self.close_connection = True
@@ -3905,7 +3992,7 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(answer[1])
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815  # http.server's names
 
     class Server(ThreadingHTTPServer):
         request_queue_size = 128  # connections that may wait at once: the default is 5
@@ -4069,7 +4156,7 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells)]
     room = max(1, _columns() - sum(widths) - 2 * len(widths))
     peak = max((abs(value) for _, value, _ in rows), default=0.0) or 1.0
-    for (at, value, _), row in zip(rows, cells):
+    for (_, value, _), row in zip(rows, cells):
         bar = (block if value >= 0 else "-") * math.ceil(abs(value) / peak * room)
         print("  ".join((*map(str.rjust, row, widths), _paint(bar, 36))))
 

@@ -168,7 +168,9 @@ class ErrorTest(TestCase):
                 answer = chirrop._Answer(status, b'{"error": "because"}', {"retry-AFTER": "7"})
                 error = answer.error()
                 self.assertIs(type(error), getattr(chirrop, f"ChirrOp{kind}Error"))
-                self.assertEqual((error.status_code, error.body, error.retry_after), (status, {"error": "because"}, 7.0))
+                self.assertEqual(
+                    (error.status_code, error.body, error.retry_after), (status, {"error": "because"}, 7.0)
+                )
 
     def test_the_message_comes_from_whatever_the_server_sent(self):
         for body, text in (
@@ -257,7 +259,9 @@ class LogTest(TestCase):
         self.assertTrue(before - 0.001 <= moment <= time.time())
         self.assertEqual(json.loads(log._body), sent)
         self.assertNotIn(b" ", log._body)
-        self.assertEqual((log.event, log.value, log.agent, log.log_id), (*list(sent.values())[1:3], "billing", sent["log_id"]))
+        self.assertEqual(
+            (log.event, log.value, log.agent, log.log_id), (*list(sent.values())[1:3], "billing", sent["log_id"])
+        )
 
     def test_a_log_cannot_be_changed_and_equals_its_copies(self):
         log = Log("a", 1)
@@ -306,7 +310,12 @@ class LogTest(TestCase):
             self.refused("event must not be empty", event=blank)
 
     def test_text_that_is_not_unicode_is_refused_by_name(self):
-        for field, value in (("event", "a\ud800"), ("agent", "\udfff"), ("meta", {"k": "\ud800"}), ("meta", {"\udc00": 1})):
+        for field, value in (
+            ("event", "a\ud800"),
+            ("agent", "\udfff"),
+            ("meta", {"k": "\ud800"}),
+            ("meta", {"\udc00": 1}),
+        ):
             self.refused(f"{field} must be JSON-encodable", **{field: value})
 
     def test_meta_is_strictly_json(self):
@@ -318,7 +327,18 @@ class LogTest(TestCase):
                 self.refused("meta must be JSON-encodable", meta=bad)
 
     def test_meta_may_be_any_json_value(self):
-        for meta in (0, False, "", [], {}, [None], 1.5, "text", {"a": {"b": [1, 2, {"c": None}]}}, {1: 2, None: 3, True: 4}):
+        for meta in (
+            0,
+            False,
+            "",
+            [],
+            {},
+            [None],
+            1.5,
+            "text",
+            {"a": {"b": [1, 2, {"c": None}]}},
+            {1: 2, None: 3, True: 4},
+        ):
             with self.subTest(repr(meta)):
                 self.assertEqual(Log("a", 1, meta=meta).meta, json.loads(json.dumps(meta)))
 
@@ -391,7 +411,11 @@ class LogTest(TestCase):
             with self.subTest(text):
                 self.assertEqual(Log("a", 1, occurred_at=text).occurred_at, f"{day}T{sent}")
         naive = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0) - timedelta(hours=1)
-        for moment in (naive, naive.replace(tzinfo=timezone.utc), (naive + timedelta(hours=5)).replace(tzinfo=timezone(timedelta(hours=5)))):
+        for moment in (
+            naive,
+            naive.replace(tzinfo=timezone.utc),
+            (naive + timedelta(hours=5)).replace(tzinfo=timezone(timedelta(hours=5))),
+        ):
             self.assertEqual(Log("a", 1, occurred_at=moment).occurred_at, naive.isoformat() + "Z")
 
     def test_what_is_no_time_is_refused(self):
@@ -406,10 +430,14 @@ class LogTest(TestCase):
     def test_times_lie_within_the_last_30_days_and_1_day_ahead(self):
         now = 1_800_000_000.0
         for seconds in (-30 * 86400, -1, 0, 86400):
-            chirrop._check_log({"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now)
+            chirrop._check_log(
+                {"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now
+            )
         for seconds in (-30 * 86400 - 1, 86401):
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "last 30 days and at most 1 day ahead"):
-                chirrop._check_log({"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now)
+                chirrop._check_log(
+                    {"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now
+                )
 
     def test_naive_times_are_utc_whatever_the_local_zone(self):
         code = (
@@ -502,7 +530,12 @@ class ConfigTest(TestCase):
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
                 Config(api_key=bad)
-            self.assertNotIn("canary", "".join(traceback.TracebackException.from_exception(caught.exception, capture_locals=True).format()).replace(repr(bad), ""))
+            self.assertNotIn(
+                "canary",
+                "".join(
+                    traceback.TracebackException.from_exception(caught.exception, capture_locals=True).format()
+                ).replace(repr(bad), ""),
+            )
 
     def test_dotenv_oddities(self):
         for text, key in (
@@ -747,7 +780,9 @@ class OutboxTest(TestCase):
             batches = [outbox.take(0.0)]
             while batches:
                 batch = batches.pop()
-                bad = any(json.loads(i)["value"] == poison % 5 for i in batch.items) and (batch.first < 5) == (poison < 5)
+                bad = any(json.loads(i)["value"] == poison % 5 for i in batch.items) and (batch.first < 5) == (
+                    poison < 5
+                )
                 if not bad and len(batch.items) > 1 and batch.first < 5 < batch.first + len(batch.items):
                     bad = poison >= 5
                 outbox.settle(batch, chirrop._Answer(400 if bad else 200), 0.0)
@@ -846,7 +881,11 @@ class Simulation:
         for _ in range(0 if self.healthy else self.rng.choice((0, 0, 1, 2))):
             self.act()
         self.now += self.rng.choice((0.0, 0.1, 5.0))
-        roll = "ok" if self.healthy else self.rng.choice(("ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash"))
+        roll = (
+            "ok"
+            if self.healthy
+            else self.rng.choice(("ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash"))
+        )
         if roll == "lost":
             raise ConnectionResetError("before")
         if any(log["log_id"] in self.poison for log in logs):
@@ -976,7 +1015,9 @@ class SimulationTest(TestCase):
             try:
                 Simulation(seed, where).run()
             except BaseException as exc:
-                raise AssertionError(f"seed {seed}: {type(exc).__name__}: {exc}; run it alone with TEST_SEED={seed}") from exc
+                raise AssertionError(
+                    f"seed {seed}: {type(exc).__name__}: {exc}; run it alone with TEST_SEED={seed}"
+                ) from exc
             if where:
                 for name in os.listdir(path):
                     os.unlink(f"{path}/{name}")
@@ -1204,7 +1245,9 @@ class SpoolTest(ProcessTestCase):
 
     def test_log_survives_kill_9_and_the_next_run_sends_it_under_the_same_id(self):
         path = self.spool()
-        done = self.python(PRELUDE + "log(client(spool=sys.argv[2], transport=down), 5); os.kill(os.getpid(), 9)", "http://x", path)
+        done = self.python(
+            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 5); os.kill(os.getpid(), 9)", "http://x", path
+        )
         self.assertEqual(done.returncode, -9, done.stderr)
         self.assertEqual(self.drain(path), done.stdout.split())
 
@@ -1260,7 +1303,9 @@ class SpoolTest(ProcessTestCase):
                 self.assertEqual((stats.delivered, stats.dropped), (18, {"rejected": 2}))
                 client.close(LONG)
                 spool = SqliteSpool(path)
-                self.assertEqual([d["log"] for d in spool.dead_letters()], [entries[3].to_dict(), entries[17].to_dict()])
+                self.assertEqual(
+                    [d["log"] for d in spool.dead_letters()], [entries[3].to_dict(), entries[17].to_dict()]
+                )
                 self.assertIn("no such unit", spool.dead_letters()[0]["error"])
                 self.assertEqual(self.drain(path), [])  # dead letters are not sent again
                 self.assertEqual(len(spool.dead_letters(remove=True)), 2)
@@ -1305,12 +1350,16 @@ class SpoolTest(ProcessTestCase):
         for name in names:
             self.assertEqual(stat.S_IMODE((path.parent / name).stat().st_mode), 0o600, name)
         # Read elsewhere: closing a file here would take the locks SQLite has on it in this process.
-        code = "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
+        code = (
+            "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
+        )
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
-        client = self.client(spool=SqliteSpool(path, max_bytes=64 * 1024), transport=FakeTransport(), flush_delay=60, batch_size=10**6)
+        client = self.client(
+            spool=SqliteSpool(path, max_bytes=64 * 1024), transport=FakeTransport(), flush_delay=60, batch_size=10**6
+        )
         accepted = []
         with self.assertRaisesRegex(ChirrOpQueueFullError, "65536"):
             for n in range(1000):
@@ -1370,7 +1419,10 @@ class SpoolTest(ProcessTestCase):
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
         spool = client._outbox.buffer
-        with mock.patch.object(spool, "_take_over", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+        with (
+            mock.patch.object(spool, "_take_over", side_effect=KeyboardInterrupt),
+            self.assertRaises(KeyboardInterrupt),
+        ):
             client.flush()
         client.log(Log("x", 2))
         self.assertEqual(self.rows(path), 2)
@@ -1583,7 +1635,9 @@ class SpoolCorruptTest(ProcessTestCase):
 
     def test_a_damaged_wal_does_not_stop_the_start(self):
         path = self.spool()
-        self.python(PRELUDE + "log(client(spool=sys.argv[2], transport=down), 30); os.kill(os.getpid(), 9)", "http://x", path)
+        self.python(
+            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 30); os.kill(os.getpid(), 9)", "http://x", path
+        )
         names = [n for n in os.listdir(path.parent) if not n.endswith("-shm")]
         data = {n: (path.parent / n).read_bytes() for n in names}
         wal, rng = data["spool.db-wal"], random.Random(5)
@@ -1597,7 +1651,9 @@ class SpoolCorruptTest(ProcessTestCase):
 
     def test_damaged_while_open_the_lost_logs_are_counted_and_flush_returns(self):
         path, dropped = self.spool(), []
-        client = self.client(spool=path, transport=FakeTransport(), flush_delay=60, on_drop=lambda *a: dropped.append(a))
+        client = self.client(
+            spool=path, transport=FakeTransport(), flush_delay=60, on_drop=lambda *a: dropped.append(a)
+        )
         for n in range(5):
             client.log(Log("x", n))
         spool = client._outbox.buffer
@@ -1744,7 +1800,12 @@ log(c); os.kill(os.getpid(), 9)
 
     def holder(self, path, count=3):
         """Start a process that holds logs in the spool and cannot send them; return it and their ids."""
-        program = self.start_program("log(client(spool=sys.argv[2], transport=down), int(sys.argv[3])); sys.stdin.readline()", "http://x", path, count)
+        program = self.start_program(
+            "log(client(spool=sys.argv[2], transport=down), int(sys.argv[3])); sys.stdin.readline()",
+            "http://x",
+            path,
+            count,
+        )
         return program, [self.line(program) for _ in range(count)]
 
     def test_logs_of_a_killed_holder_are_taken_over_at_opening(self):
@@ -1838,7 +1899,9 @@ say(time.monotonic())
 
     def test_exit_against_a_down_server_keeps_the_logs_in_the_spool(self):
         path = self.spool()
-        logged = self.run_program("log(client(spool=sys.argv[2], transport=down, exit_timeout=0.1), 3)", "http://x", path, stderr=None)
+        logged = self.run_program(
+            "log(client(spool=sys.argv[2], transport=down, exit_timeout=0.1), 3)", "http://x", path, stderr=None
+        )
         self.assertEqual(os.listdir(path.parent), [path.name])
         self.assertEqual(self.drain(path), logged)
 
@@ -2362,7 +2425,12 @@ class SignalTest(ProcessTestCase):
 
     def test_a_log_that_interrupts_a_flush_inside_the_lock_is_taken_at_once(self):
         for way in self.WAYS:
-            for fields in ({}, {"queue_size": 100}, {"spool": self.spool()}, {"queue_size": 100, "spool": self.spool()}):
+            for fields in (
+                {},
+                {"queue_size": 100},
+                {"spool": self.spool()},
+                {"queue_size": 100, "spool": self.spool()},
+            ):
                 with self.subTest(way.__name__, **{k: str(v) for k, v in fields.items()}):
                     client, interrupt = self.case(way, **fields)
                     self.inside(client._outbox, "_tell", interrupt)
@@ -2387,7 +2455,9 @@ class SignalTest(ProcessTestCase):
             for spool in (None, self.spool()):
                 with self.subTest(way.__name__, spool=bool(spool)):
                     raised = []
-                    client = self.client(transport=FakeTransport(), flush_delay=60, queue_size=2, timeout=3600, spool=spool)
+                    client = self.client(
+                        transport=FakeTransport(), flush_delay=60, queue_size=2, timeout=3600, spool=spool
+                    )
 
                     def log(client=client, raised=raised):
                         try:
@@ -2611,7 +2681,9 @@ class CallbackAndLoggingTest(ProcessTestCase):
                 with self.subTest(status=status, raises=raises):
                     transport = FakeTransport(default=status)
                     on_drop = (lambda logs, error: 1 / 0) if raises else None
-                    client = self.client(transport=transport, flush_delay=0, retries=0, on_exhausted="drop", on_drop=on_drop)
+                    client = self.client(
+                        transport=transport, flush_delay=0, retries=0, on_exhausted="drop", on_drop=on_drop
+                    )
                     handler = self.handler(lambda record, client=client: client.log(Log("log.record", 1)))
                     client.log(Log("x", 1))
                     for _ in range(20):
@@ -2745,7 +2817,9 @@ def answer(status=200, body=b"", **fields):
     """Return a whole answer; `Retry_After="7"` is a header, and Content_Length=None leaves that one out."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} -"]
-    lines += [f"{k.replace('_', '-')}: {v}" for k, v in {"Content_Length": len(body), **fields}.items() if v is not None]
+    lines += [
+        f"{k.replace('_', '-')}: {v}" for k, v in {"Content_Length": len(body), **fields}.items() if v is not None
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -3422,9 +3496,7 @@ class MainJobTest(SocketTestCase):
         self.assertEqual(set().union(*attempts.values()), set(made))
         for log in server.logs():
             before, after = made[log["log_id"]]
-            self.assertTrue(
-                before - timedelta(milliseconds=1) <= chirrop._parse_time(log["occurred_at"]) <= after, log
-            )
+            self.assertTrue(before - timedelta(milliseconds=1) <= chirrop._parse_time(log["occurred_at"]) <= after, log)
         self.assertEqual(self.assertBalanced(client).delivered, 3000)
 
     def test_nothing_is_sent_before_the_first_log_and_connections_end_with_the_client(self):
@@ -3462,7 +3534,12 @@ class SplitTest(SocketTestCase):
                 self.assertEqual((stats.delivered, stats.dropped), (247, {"rejected": 3}))
                 self.assertEqual(drops, {value: f"HTTP 400: value {value} is bad" for value in bad})
                 self.assertLessEqual(len(server.requests), 60)
-                good = [log["value"] for r in server.requests if not any(log["value"] in bad for log in r.logs()) for log in r.logs()]
+                good = [
+                    log["value"]
+                    for r in server.requests
+                    if not any(log["value"] in bad for log in r.logs())
+                    for log in r.logs()
+                ]
                 self.assertEqual(sorted(good), [value for value in range(250) if value not in bad])  # each once
 
     def test_a_batch_in_which_all_are_bad_takes_at_most_64_requests(self):
@@ -3734,7 +3811,10 @@ class KeepAliveTest(SocketTestCase):
         self.assertEqual(self.on(server), [0, 1])
 
     def test_an_answer_that_asks_to_close_ends_the_connection(self):
-        for name, first in (("header", answer(Connection="close")), ("HTTP/1.0", b"HTTP/1.0 200 -\r\nContent-Length: 0\r\n\r\n")):
+        for name, first in (
+            ("header", answer(Connection="close")),
+            ("HTTP/1.0", b"HTTP/1.0 200 -\r\nContent-Length: 0\r\n\r\n"),
+        ):
             with self.subTest(name):
                 server = self.server(first)
                 self.flushes(self.real(server), 2)
@@ -4004,7 +4084,7 @@ class TransportSecurityTest(SocketTestCase):
 
     # The key.
 
-    CANARY = "chp_canary/7d1f\\0e5b+\"x"  # with characters that JSON may escape
+    CANARY = 'chp_canary/7d1f\\0e5b+"x'  # with characters that JSON may escape
 
     def shown(self, exc):
         """Return all that a log, a crash report or a pickle may show of an exception."""
@@ -4036,11 +4116,15 @@ class TransportSecurityTest(SocketTestCase):
             ),
             "in a rejection": lambda c, r: answer(400, {"message": r.headers["authorization"]}),
             "as plain text": lambda c, r: answer(502, r.raw),
-            "in the reason": lambda c, r: cut(b"HTTP/1.1 403 " + r.headers["authorization"].encode() + b"\r\n\r\n")(c, r),
+            "in the reason": lambda c, r: cut(b"HTTP/1.1 403 " + r.headers["authorization"].encode() + b"\r\n\r\n")(
+                c, r
+            ),
             "in a header": lambda c, r: answer(429, Retry_After=r.headers["authorization"]),
             "in a redirect": lambda c, r: answer(302, Location="http://127.0.0.1/" + r.headers["authorization"]),
             "instead of HTTP": lambda c, r: cut(r.headers["authorization"].encode() + b"\r\n\r\n")(c, r),
-            "as the version": lambda c, r: cut(b"HTTP/9" + r.headers["authorization"][7:].encode() + b" 200 OK\r\n\r\n")(c, r),
+            "as the version": lambda c, r: cut(
+                b"HTTP/9" + r.headers["authorization"][7:].encode() + b" 200 OK\r\n\r\n"
+            )(c, r),
             "as a status": lambda c, r: cut(b"HTTP/1.1 " + r.headers["authorization"][7:].encode() + b"\r\n\r\n")(c, r),
             "in a truncated body": lambda c, r: cut(answer(200, r.raw, Content_Length=99999))(c, r),
             "in a bad chunk": lambda c, r: cut(chunked() + r.headers["authorization"].encode() + b"\r\n")(c, r),
@@ -4049,7 +4133,9 @@ class TransportSecurityTest(SocketTestCase):
 
     def test_no_error_shows_the_key(self):
         paths = {**FAULTS, **self.echoes()}
-        paths.update({str(s): answer(s, {"error": "x"}) for s in (301, 400, 401, 403, 404, 408, 418, 429, 500, 502, 503)})
+        paths.update(
+            {str(s): answer(s, {"error": "x"}) for s in (301, 400, 401, 403, 404, 408, 418, 429, 500, 502, 503)}
+        )
         paths["a long Retry-After"] = answer(429, Retry_After="99")
         logging.getLogger().setLevel(logging.DEBUG)
         self.addCleanup(logging.getLogger().setLevel, logging.WARNING)
@@ -4206,7 +4292,9 @@ class ClientTest(TestCase):
 
     def test_close_drops_and_reports_what_it_cannot_send(self):
         dropped = []
-        client = self.client(transport=FakeTransport(default=502), retries=1, on_drop=lambda logs, error: dropped.extend(logs))
+        client = self.client(
+            transport=FakeTransport(default=502), retries=1, on_drop=lambda logs, error: dropped.extend(logs)
+        )
         sent = [Log("a", i) for i in range(3)]
         for log in sent:
             client.log(log)
@@ -4235,7 +4323,9 @@ class ClientTest(TestCase):
         for status in (401, 403, 404, 500, 503, 302, 418):
             with self.subTest(status):
                 dropped = []
-                client = self.client(status, on_drop=lambda logs, error, d=dropped: d.append((len(logs), error.status_code)))
+                client = self.client(
+                    status, on_drop=lambda logs, error, d=dropped: d.append((len(logs), error.status_code))
+                )
                 client.log(Log("a", 1))
                 client.log(Log("a", 2))
                 self.assertFalse(client.flush(LONG))
@@ -4291,7 +4381,16 @@ class ClientTest(TestCase):
         self.assertEqual(client.stats().delivered, 3)
 
     def test_a_broken_transport_is_a_network_failure(self):
-        for answer in (None, 5, ("200", b"", {}), (200, "text", {}), (200, b""), SystemExit, KeyboardInterrupt, MemoryError):
+        for answer in (
+            None,
+            5,
+            ("200", b"", {}),
+            (200, "text", {}),
+            (200, b""),
+            SystemExit,
+            KeyboardInterrupt,
+            MemoryError,
+        ):
             with self.subTest(answer):
                 calls = []
 
@@ -4371,7 +4470,10 @@ class ClientTest(TestCase):
                 client.close(bad)
 
     def test_stats_balance_at_every_moment_of_a_busy_client(self):
-        client = self.client(transport=FakeTransport(default=lambda body: (random.choice((200, 200, 400, 502, 401)), b"", {})), retries=50)
+        client = self.client(
+            transport=FakeTransport(default=lambda body: (random.choice((200, 200, 400, 502, 401)), b"", {})),
+            retries=50,
+        )
         done = threading.Event()
 
         def work():
@@ -4469,7 +4571,9 @@ class ControlPlaneTest(TestCase):
         for name, args, *_ in CALLS:
             client = self.client(200)
             getattr(client, name)(*args)
-            self.assertEqual(client._link._transport.requests[0][3].get("Connection"), "close" if name in CREATING else None)
+            self.assertEqual(
+                client._link._transport.requests[0][3].get("Connection"), "close" if name in CREATING else None
+            )
 
     def test_a_final_status_is_raised_at_once(self):
         for status in (400, 401, 403, 404, 413, 422, 500, 503, 301):
@@ -4524,7 +4628,15 @@ class ControlPlaneTest(TestCase):
         self.assertEqual(passed, 10)
 
     def test_an_id_is_one_path_segment(self):
-        for given, segment in ((" evt_1 ", "evt_1"), ("a/b", "a%2Fb"), ("../x", "..%2Fx"), ("a?b#c", "a%3Fb%23c"), ("ü%", "%C3%BC%25"), ("a\r\nb", "a%0D%0Ab"), ("...", "...")):
+        for given, segment in (
+            (" evt_1 ", "evt_1"),
+            ("a/b", "a%2Fb"),
+            ("../x", "..%2Fx"),
+            ("a?b#c", "a%3Fb%23c"),
+            ("ü%", "%C3%BC%25"),
+            ("a\r\nb", "a%0D%0Ab"),
+            ("...", "..."),
+        ):
             client = self.client()
             client.get_event(given)
             self.assertEqual(client._link._transport.requests[0][1], f"https://api.chirrop.com/v1.0/events/{segment}")
@@ -4535,8 +4647,23 @@ class ControlPlaneTest(TestCase):
     def test_request_reaches_the_rest_and_only_below_the_base(self):
         client = self.client((200, b"[1]", {}))
         self.assertEqual(client.request("patch", "/x/y%2Fz/", {"a": 1, "b": None, "c": True, "d": "é &"}, body=[]), [1])
-        self.assertEqual(client._link._transport.requests[0][:3], ("PATCH", "https://api.chirrop.com/v1.0/x/y%2Fz?a=1&c=true&d=%C3%A9+%26", b"[]"))
-        for method, path in (("GET", "/../x"), ("GET", "/a//b"), ("GET", ""), ("GET", "/a?b=c"), ("GET", "/a b"), ("GET", "/ü"), ("GET", "/a\\b"), ("GET", None), ("GE T", "/a"), (None, "/a"), ("", "/a")):
+        self.assertEqual(
+            client._link._transport.requests[0][:3],
+            ("PATCH", "https://api.chirrop.com/v1.0/x/y%2Fz?a=1&c=true&d=%C3%A9+%26", b"[]"),
+        )
+        for method, path in (
+            ("GET", "/../x"),
+            ("GET", "/a//b"),
+            ("GET", ""),
+            ("GET", "/a?b=c"),
+            ("GET", "/a b"),
+            ("GET", "/ü"),
+            ("GET", "/a\\b"),
+            ("GET", None),
+            ("GE T", "/a"),
+            (None, "/a"),
+            ("", "/a"),
+        ):
             with self.assertRaises(chirrop.ChirrOpValidationError):
                 client.request(method, path)
 
@@ -4556,9 +4683,24 @@ class ControlPlaneTest(TestCase):
         self.assertEqual(list(stubborn.iter_event_logs("e", "day")), [{"n": 1}], "a server that ignores the offset")
 
     def test_find_event_goes_by_name_and_agent(self):
-        listed = [{"event": "a", "agent": "x", "event_id": "1"}, {"event": "a", "agent": "y", "event_id": "2"}, {"event": "b", "agent": "x", "event_id": "3"}, {"event": "c", "event_id": "4"}, {"event": "c", "agent": "x", "event_id": "5"}]
+        listed = [
+            {"event": "a", "agent": "x", "event_id": "1"},
+            {"event": "a", "agent": "y", "event_id": "2"},
+            {"event": "b", "agent": "x", "event_id": "3"},
+            {"event": "c", "event_id": "4"},
+            {"event": "c", "agent": "x", "event_id": "5"},
+        ]
         client = self.client(transport=FakeTransport(default=(200, json.dumps(listed).encode(), {})))
-        for args, found in ((("a", "x"), "1"), ((" a ", " y "), "2"), (("b",), "3"), (("c",), "4"), (("c", ""), "4"), (("c", "x"), "5"), (("a", "z"), None), (("d",), None)):
+        for args, found in (
+            (("a", "x"), "1"),
+            ((" a ", " y "), "2"),
+            (("b",), "3"),
+            (("c",), "4"),
+            (("c", ""), "4"),
+            (("c", "x"), "5"),
+            (("a", "z"), None),
+            (("d",), None),
+        ):
             self.assertEqual((client.find_event(*args) or {}).get("event_id"), found, args)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "several have an event 'a': x, y"):
             client.find_event("a")
@@ -4606,7 +4748,13 @@ class TimerTest(TestCase):
 
     def test_mistakes_show_when_the_timer_is_made(self):
         client = self.client()
-        for fields in ({"event": ""}, {"event": "a", "agent": 1}, {"event": "a", "meta": [1]}, {"event": "a", "meta": {str(i): 0 for i in range(10)}}, {"event": "a", "meta": {"x": object()}}):
+        for fields in (
+            {"event": ""},
+            {"event": "a", "agent": 1},
+            {"event": "a", "meta": [1]},
+            {"event": "a", "meta": {str(i): 0 for i in range(10)}},
+            {"event": "a", "meta": {"x": object()}},
+        ):
             with self.assertRaises(chirrop.ChirrOpValidationError):
                 client.timer(**fields)
 
@@ -4650,7 +4798,14 @@ class LambdaTest(TestCase):
             client.log(Log("a", 1))
             raise KeyError(event)
 
-        for context in (None, object(), self.Context(0), self.Context(-5), self.Context("x"), self.Context(float("nan"))):
+        for context in (
+            None,
+            object(),
+            self.Context(0),
+            self.Context(-5),
+            self.Context("x"),
+            self.Context(float("nan")),
+        ):
             with self.assertRaises(KeyError):
                 handler("mine", context)
         self.assertEqual(client.stats().queued, 6)
@@ -4674,7 +4829,9 @@ class GlobalTest(TestCase):
 
     def test_before_and_after(self):
         for call in (lambda: chirrop.log_event(Log("a", 1)), chirrop.flush, chirrop.ChirrOp.flush):
-            with self.assertRaisesRegex(ChirrOpError, r"^ChirrOp SDK is not initialized. Please call initialize\(\) first$"):
+            with self.assertRaisesRegex(
+                ChirrOpError, r"^ChirrOp SDK is not initialized. Please call initialize\(\) first$"
+            ):
                 call()
         self.assertTrue(chirrop.stop())
         chirrop.ChirrOp.initialize(Config(api_key=KEY, transport=FakeTransport()))
@@ -4702,18 +4859,31 @@ class ModuleTest(TestCase):
         if not hasattr(sys, "stdlib_module_names"):
             self.skipTest("Python 3.10 and later know the names of their library")
         for node in ast.walk(self.TREE):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 self.assertIn(name.split(".")[0], sys.stdlib_module_names | {"__future__"})
 
     def test_importing_loads_nothing_that_the_first_log_does_not_need(self):
         late = "urllib ssl sqlite3 argparse http email logging typing random uuid socket select inspect dataclasses zoneinfo shutil"
         code = f"import sys, chirrop; chirrop.Log('a', 1); print([m for m in '{late}'.split() if m in sys.modules])"
-        result = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"],
+            capture_output=True,
+            text=True,
+        )
         self.assertEqual(result.stdout, "[]\n", result.stderr)
 
     def test_every_public_function_and_class_has_a_docstring(self):
-        for node in [*self.TREE.body, *(n for c in self.TREE.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_") for n in c.body)]:
+        for node in [
+            *self.TREE.body,
+            *(n for c in self.TREE.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_") for n in c.body),
+        ]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node), node.name)
 
@@ -4727,7 +4897,9 @@ class ModuleTest(TestCase):
         found = {}
         for top in self.TREE.body:
             name = getattr(top, "name", "")
-            if "# ---- Sandbox" in self.SOURCE and top.lineno > self.SOURCE[: self.SOURCE.index("# ---- Sandbox")].count("\n"):
+            if "# ---- Sandbox" in self.SOURCE and top.lineno > self.SOURCE[
+                : self.SOURCE.index("# ---- Sandbox")
+            ].count("\n"):
                 break
             for node in ast.walk(top):
                 text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
@@ -4760,9 +4932,16 @@ class ModuleTest(TestCase):
             bound |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
             local |= {id(n) for n in names if n.id in bound}
         for node in ast.walk(self.TREE):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined and id(node) not in local:
+            if (
+                isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Load)
+                and node.id in defined
+                and id(node) not in local
+            ):
                 if (section(node.lineno), node.id) not in self.annotated():
-                    self.assertLessEqual(defined[node.id], section(node.lineno), f"line {node.lineno} uses {node.id} from below")
+                    self.assertLessEqual(
+                        defined[node.id], section(node.lineno), f"line {node.lineno} uses {node.id} from below"
+                    )
 
     @classmethod
     def annotated(cls):
@@ -4814,16 +4993,17 @@ class SandboxCase(unittest.TestCase):
         return (self.now + timedelta(**shift)).isoformat()
 
     def event_id(self, event="jobs.done", agent=""):
-        found = [e["event_id"] for e in self.ok("GET", "/v1.0/events")
-                 if (e["event"], e["agent"]) == (event, agent)]
+        found = [e["event_id"] for e in self.ok("GET", "/v1.0/events") if (e["event"], e["agent"]) == (event, agent)]
         self.assertEqual(len(found), 1, found)
         return found[0]
 
     def policy(self, **fields):
         fields["event_id"] = fields.get("event_id") or self.event_id()
-        return self.ok("POST", "/v1.0/policies", {
-            "period": "hour", "aggregate": "sum",
-            "condition": "gt", "threshold": 0, **fields})
+        return self.ok(
+            "POST",
+            "/v1.0/policies",
+            {"period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 0, **fields},
+        )
 
     def rollups(self, event_id, query):
         return self.ok("GET", f"/v1.0/events/{event_id}/logs?{query}")
@@ -4833,8 +5013,7 @@ class SandboxTest(SandboxCase):
     def test_accepted_logs_are_answered_with_an_empty_body(self):
         headers = {"Authorization": "Bearer chp_x"}
         body = b'[{"event":"a.b","value":1}]'
-        self.assertEqual(self.sandbox("POST", "http://any/prefix/v1.0/logs", body, headers, 1),
-                         (200, b"", {}))
+        self.assertEqual(self.sandbox("POST", "http://any/prefix/v1.0/logs", body, headers, 1), (200, b"", {}))
 
     def test_a_log_sent_twice_is_one_log_and_the_first_wins(self):
         log_id = str(uuid.uuid4())
@@ -4851,10 +5030,16 @@ class SandboxTest(SandboxCase):
 
     def test_the_limits_themselves_are_accepted(self):
         self.log(*range(250))
-        for fields in ({"meta": "x" * 1022}, {"meta": "é" * 511},
-                       {"meta": {str(n): n for n in range(10)}}, {"meta": list(range(11))},
-                       {"occurred_at": self.at(days=-30)}, {"occurred_at": self.at(days=1)},
-                       {"unknown": 1}, {"agent": ""}):
+        for fields in (
+            {"meta": "x" * 1022},
+            {"meta": "é" * 511},
+            {"meta": {str(n): n for n in range(10)}},
+            {"meta": list(range(11))},
+            {"occurred_at": self.at(days=-30)},
+            {"occurred_at": self.at(days=1)},
+            {"unknown": 1},
+            {"agent": ""},
+        ):
             with self.subTest(fields=fields):
                 self.log(1, **fields)
         self.assertEqual(len(self.sandbox.logs), 258)
@@ -4864,12 +5049,26 @@ class SandboxTest(SandboxCase):
             self.log(1, agent=agent)
         self.log(1)
         events = self.ok("GET", "/v1.0/events")
-        self.assertEqual([(e["agent"], e["event"]) for e in events],
-                         [("api", "jobs.done"), ("web", "jobs.done"), ("", "jobs.done")])
+        self.assertEqual(
+            [(e["agent"], e["event"]) for e in events], [("api", "jobs.done"), ("web", "jobs.done"), ("", "jobs.done")]
+        )
         self.assertEqual(self.ok("GET", f"/v1.0/events/{events[1]['event_id']}"), events[1])
-        self.assertEqual(set(events[0]), {
-            "event_id", "event", "agent", "title", "description", "unit", "timezone", "public",
-            "share_token", "user_id", "created_at"})
+        self.assertEqual(
+            set(events[0]),
+            {
+                "event_id",
+                "event",
+                "agent",
+                "title",
+                "description",
+                "unit",
+                "timezone",
+                "public",
+                "share_token",
+                "user_id",
+                "created_at",
+            },
+        )
 
     def test_an_id_may_be_percent_encoded_and_in_capitals(self):
         self.log(1)
@@ -4887,12 +5086,25 @@ class SandboxTest(SandboxCase):
         self.log(1)
         event_id = self.event_id()
         before = self.ok("GET", f"/v1.0/events/{event_id}")
-        after = self.ok("PUT", f"/v1.0/events/{event_id}", {
-            "title": "Jobs", "public": True, "agent": "api", "unit": None, "event_id": UNKNOWN,
-            "event": "other.name", "user_id": "x", "created_at": "x", "share_token": "x"})
+        after = self.ok(
+            "PUT",
+            f"/v1.0/events/{event_id}",
+            {
+                "title": "Jobs",
+                "public": True,
+                "agent": "api",
+                "unit": None,
+                "event_id": UNKNOWN,
+                "event": "other.name",
+                "user_id": "x",
+                "created_at": "x",
+                "share_token": "x",
+            },
+        )
         self.assertNotIn(after["share_token"], (None, "x"))
-        self.assertEqual(after, {**before, "title": "Jobs", "public": True, "agent": "api",
-                                 "share_token": after["share_token"]})
+        self.assertEqual(
+            after, {**before, "title": "Jobs", "public": True, "agent": "api", "share_token": after["share_token"]}
+        )
         self.assertEqual(self.ok("GET", f"/v1.0/events/{event_id}"), after)
         self.log(2, agent="api")  # the definition answers to its new name only
         self.log(3)
@@ -4920,18 +5132,34 @@ class SandboxTest(SandboxCase):
             answer = self.rollups(event_id, f"period={period}")
             for row in answer:
                 row["occurred_at"] = row["occurred_at"].replace("+00:00", "Z")
-            self.assertEqual(answer, [
-                {**shape, "period": period, "occurred_at": f"2026-03-04T{at}Z",
-                 "count": len(values), "value": sum(values), "squares": sum(v * v for v in values),
-                 "min": min(values), "max": max(values)} for at, values in rows])
+            self.assertEqual(
+                answer,
+                [
+                    {
+                        **shape,
+                        "period": period,
+                        "occurred_at": f"2026-03-04T{at}Z",
+                        "count": len(values),
+                        "value": sum(values),
+                        "squares": sum(v * v for v in values),
+                        "min": min(values),
+                        "max": max(values),
+                    }
+                    for at, values in rows
+                ],
+            )
 
     def test_rollups_are_paged_by_limit_and_offset(self):
         for minute in range(120):
             self.log(minute, occurred_at=self.at(minutes=minute - 120))
         event_id = self.event_id()
-        for query, values in (("", range(100)), ("&offset=100", range(100, 120)),
-                              ("&limit=2&offset=3", range(3, 5)), ("&limit=0", ()),
-                              ("&limit=500&offset=120", ())):
+        for query, values in (
+            ("", range(100)),
+            ("&offset=100", range(100, 120)),
+            ("&limit=2&offset=3", range(3, 5)),
+            ("&limit=0", ()),
+            ("&limit=500&offset=120", ()),
+        ):
             rows = self.rollups(event_id, "period=minute" + query)
             self.assertEqual([row["value"] for row in rows], [*values], query)
 
@@ -4944,19 +5172,19 @@ class SandboxTest(SandboxCase):
         for at in ("07T04:59", "07T05:00", "08T04:59", "08T05:00", "09T03:59", "09T04:00"):
             self.log(1, occurred_at=f"2026-03-{at}:00Z")
         event_id = self.event_id()
-        days = lambda: [(row["occurred_at"][8:16], row["count"])
-                        for row in self.rollups(event_id, "period=day")]
+        days = lambda: [(row["occurred_at"][8:16], row["count"]) for row in self.rollups(event_id, "period=day")]
         self.assertEqual(days(), [("07T00:00", 2), ("08T00:00", 2), ("09T00:00", 2)])
         self.ok("PUT", f"/v1.0/events/{event_id}", {"timezone": "America/New_York"})
         self.assertEqual(days(), [("06T05:00", 1), ("07T05:00", 2), ("08T05:00", 2), ("09T04:00", 1)])
 
     def test_sums_beyond_the_range_of_floats_stay_json(self):
-        self.log(1.7e308, 1.7e308, 10 ** 300)
+        self.log(1.7e308, 1.7e308, 10**300)
         event_id = self.event_id()
         [row] = self.rollups(event_id, "period=day")
         self.assertGreater(row["value"], 1.7e308)
-        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics"
-                              "?view=window&period=1h&previous=previous_window")["data"]
+        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window")[
+            "data"
+        ]
         self.assertEqual(data["current_count"], 3)
 
     def test_what_it_hands_out_are_copies(self):
@@ -4971,12 +5199,26 @@ class SandboxTest(SandboxCase):
         self.log(1)
         self.call("GET", "/v1.0/alerts?status=triggered&x=%20", auth="Bearer chp_canary")
         self.call("POST", "/v1.0/logs", b"{", auth=None)
-        self.assertEqual(self.sandbox.requests, [
-            {"method": "POST", "path": "/v1.0/logs", "query": {}, "status": 200,
-             "body": [{"event": "jobs.done", "value": 1}]},
-            {"method": "GET", "path": "/v1.0/alerts", "status": 200, "body": None,
-             "query": {"status": "triggered", "x": " "}},
-            {"method": "POST", "path": "/v1.0/logs", "query": {}, "status": 401, "body": None}])
+        self.assertEqual(
+            self.sandbox.requests,
+            [
+                {
+                    "method": "POST",
+                    "path": "/v1.0/logs",
+                    "query": {},
+                    "status": 200,
+                    "body": [{"event": "jobs.done", "value": 1}],
+                },
+                {
+                    "method": "GET",
+                    "path": "/v1.0/alerts",
+                    "status": 200,
+                    "body": None,
+                    "query": {"status": "triggered", "x": " "},
+                },
+                {"method": "POST", "path": "/v1.0/logs", "query": {}, "status": 401, "body": None},
+            ],
+        )
         self.assertNotIn("canary", repr(self.sandbox.requests))
 
     def test_reset_forgets_logs_resources_faults_and_predicates(self):
@@ -4986,8 +5228,10 @@ class SandboxTest(SandboxCase):
         self.sandbox.reject(lambda log: True)
         self.sandbox.reset()
         self.assertEqual((self.sandbox.logs, self.sandbox.requests), ([], []))
-        self.assertEqual([self.ok("GET", f"/v1.0/{kind}") for kind in
-                          ("events", "policies", "alerts", "destinations")], [[], [], [], []])
+        self.assertEqual(
+            [self.ok("GET", f"/v1.0/{kind}") for kind in ("events", "policies", "alerts", "destinations")],
+            [[], [], [], []],
+        )
         self.log(1)
 
     def test_threads_lose_nothing_and_raise_one_alert(self):
@@ -4995,8 +5239,7 @@ class SandboxTest(SandboxCase):
         self.policy()
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
-        threads = [threading.Thread(target=lambda: [self.log(1) for _ in range(25)])
-                   for _ in range(8)]
+        threads = [threading.Thread(target=lambda: [self.log(1) for _ in range(25)]) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -5007,15 +5250,18 @@ class SandboxTest(SandboxCase):
 
 
 class SandboxAnalyticsTest(SandboxCase):
-    spans = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7),
-             "1m": timedelta(days=30)}
-    pairs = {"1h": ("previous_window", "previous_1d", "previous_7d", "previous_1m"),
-             "1d": ("previous_window", "previous_7d", "previous_1m"),
-             "7d": ("previous_window", "previous_1m"), "1m": ("previous_window",)}
+    spans = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
+    pairs = {
+        "1h": ("previous_window", "previous_1d", "previous_7d", "previous_1m"),
+        "1d": ("previous_window", "previous_7d", "previous_1m"),
+        "7d": ("previous_window", "previous_1m"),
+        "1m": ("previous_window",),
+    }
 
     def analytics(self, period, previous):
-        return self.call("GET", f"/v1.0/events/{self.event_id()}/analytics"
-                                f"?view=window&period={period}&previous={previous}")
+        return self.call(
+            "GET", f"/v1.0/events/{self.event_id()}/analytics?view=window&period={period}&previous={previous}"
+        )
 
     def test_each_pair_compares_its_two_windows(self):
         for period, previous in [(p, q) for p in self.pairs for q in self.pairs[p]]:
@@ -5033,15 +5279,28 @@ class SandboxAnalyticsTest(SandboxCase):
                 status, answer = self.analytics(period, previous)
                 self.assertEqual(status, 200, answer)
                 data = answer.pop("data")
-                self.assertEqual(answer, {"event_id": self.event_id(), "view": "window",
-                                          "period": period, "previous": previous})
+                self.assertEqual(
+                    answer, {"event_id": self.event_id(), "view": "window", "period": period, "previous": previous}
+                )
                 self.assertAlmostEqual(data.pop("current_stddev"), 2.1602468994)
-                self.assertEqual(data, {
-                    "current_value": 24, "current_count": 3, "previous_value": 4,
-                    "previous_count": 2, "value_delta": 20, "count_delta": 1,
-                    "value_pct_change": 500, "count_pct_change": 50, "current_mean": 8,
-                    "previous_mean": 2, "mean_delta": 6, "mean_pct_change": 300,
-                    "previous_stddev": 1})
+                self.assertEqual(
+                    data,
+                    {
+                        "current_value": 24,
+                        "current_count": 3,
+                        "previous_value": 4,
+                        "previous_count": 2,
+                        "value_delta": 20,
+                        "count_delta": 1,
+                        "value_pct_change": 500,
+                        "count_pct_change": 50,
+                        "current_mean": 8,
+                        "previous_mean": 2,
+                        "mean_delta": 6,
+                        "mean_pct_change": 300,
+                        "previous_stddev": 1,
+                    },
+                )
 
     def test_all_other_pairs_are_refused(self):
         self.log(1)
@@ -5058,10 +5317,17 @@ class SandboxAnalyticsTest(SandboxCase):
     def test_no_change_is_a_percentage_of_nothing(self):
         self.log(4, -4)
         data = self.analytics("1h", "previous_window")[1]["data"]
-        self.assertEqual((data["previous_value"], data["previous_count"], data["previous_mean"],
-                          data["previous_stddev"], data["mean_delta"]), (0, 0, None, None, None))
-        self.assertEqual([data[f"{name}_pct_change"] for name in ("value", "count", "mean")],
-                         [None] * 3)
+        self.assertEqual(
+            (
+                data["previous_value"],
+                data["previous_count"],
+                data["previous_mean"],
+                data["previous_stddev"],
+                data["mean_delta"],
+            ),
+            (0, 0, None, None, None),
+        )
+        self.assertEqual([data[f"{name}_pct_change"] for name in ("value", "count", "mean")], [None] * 3)
 
     def test_a_rise_from_a_negative_value_is_a_rise(self):
         self.log(-10, occurred_at=self.at(hours=-1))
@@ -5077,8 +5343,15 @@ class SandboxAlertTest(SandboxCase):
         return self.ok("GET", f"/v1.0/alerts/{alert_id}/deliveries{query}")
 
     def test_each_aggregate_is_what_the_condition_sees(self):
-        for aggregate, value in (("sum", 4), ("count", 2), ("average", 2), ("min", 1), ("max", 3),
-                                 ("p95_est", 3.645), ("p99_est", 4.326)):
+        for aggregate, value in (
+            ("sum", 4),
+            ("count", 2),
+            ("average", 2),
+            ("min", 1),
+            ("max", 3),
+            ("p95_est", 3.645),
+            ("p99_est", 4.326),
+        ):
             with self.subTest(aggregate=aggregate):
                 self.setUp()
                 self.ok("POST", "/v1.0/events", {"event": "jobs.done"})
@@ -5089,8 +5362,13 @@ class SandboxAlertTest(SandboxCase):
                 self.assertAlmostEqual(alert["value"], value)
 
     def test_each_condition_below_at_and_above_its_threshold(self):
-        for condition, fires in (("gt", (0, 0, 1)), ("lt", (1, 0, 0)), ("eq", (0, 1, 0)),
-                                 ("gte", (0, 1, 1)), ("lte", (1, 1, 0))):
+        for condition, fires in (
+            ("gt", (0, 0, 1)),
+            ("lt", (1, 0, 0)),
+            ("eq", (0, 1, 0)),
+            ("gte", (0, 1, 1)),
+            ("lte", (1, 1, 0)),
+        ):
             for value, expected in zip((4, 5, 6), fires):
                 self.setUp()
                 self.ok("POST", "/v1.0/events", {"event": "jobs.done"})
@@ -5131,32 +5409,66 @@ class SandboxAlertTest(SandboxCase):
 
     def test_an_alert_says_which_rule_fired_and_what_it_saw(self):
         self.log(1, agent="api")
-        policy = self.policy(event_id=self.event_id(agent="api"), title="Too many", channel="team",
-                             threshold=2.5, severity="critical", description="long")
+        policy = self.policy(
+            event_id=self.event_id(agent="api"),
+            title="Too many",
+            channel="team",
+            threshold=2.5,
+            severity="critical",
+            description="long",
+        )
         self.log(4, agent="api")
         [alert] = self.alerts()
-        self.assertEqual(alert, {
-            **{name: policy[name] for name in ("policy_id", "event_id", "title", "channel", "period",
-                                               "aggregate", "condition", "threshold", "severity")},
-            "alert_id": alert["alert_id"], "agent": "api", "event": "jobs.done",
-            "status": "triggered", "value": 5, "count": 2, "min": 1, "max": 4,
-            "triggered_at": alert["triggered_at"], "acknowledged_at": None, "resolved_at": None})
+        self.assertEqual(
+            alert,
+            {
+                **{
+                    name: policy[name]
+                    for name in (
+                        "policy_id",
+                        "event_id",
+                        "title",
+                        "channel",
+                        "period",
+                        "aggregate",
+                        "condition",
+                        "threshold",
+                        "severity",
+                    )
+                },
+                "alert_id": alert["alert_id"],
+                "agent": "api",
+                "event": "jobs.done",
+                "status": "triggered",
+                "value": 5,
+                "count": 2,
+                "min": 1,
+                "max": 4,
+                "triggered_at": alert["triggered_at"],
+                "acknowledged_at": None,
+                "resolved_at": None,
+            },
+        )
 
     def test_policy_defaults_and_partial_put(self):
         self.log(1)
         policy = self.policy()
-        self.assertEqual({name: policy[name] for name in ("title", "channel", "severity", "enabled")},
-                         {"title": "", "channel": "ops", "severity": "warning", "enabled": True})
+        self.assertEqual(
+            {name: policy[name] for name in ("title", "channel", "severity", "enabled")},
+            {"title": "", "channel": "ops", "severity": "warning", "enabled": True},
+        )
         path = f"/v1.0/policies/{policy['policy_id']}"
         changed = self.ok("PUT", path, {"threshold": 7, "policy_id": UNKNOWN})
         self.assertEqual(changed, {**policy, "threshold": 7})
         self.assertEqual((self.ok("GET", path), self.ok("GET", "/v1.0/policies")), (changed, [changed]))
 
     def test_every_step_of_the_lifecycle_from_every_status(self):
-        reach = {"triggered": [], "acknowledged": ["acknowledge"], "resolved": ["resolve"],
-                 "archived": ["archive"]}
-        allowed = {"acknowledge": {"triggered", "acknowledged"}, "archive": set(reach),
-                   "resolve": {"triggered", "acknowledged", "resolved"}}
+        reach = {"triggered": [], "acknowledged": ["acknowledge"], "resolved": ["resolve"], "archived": ["archive"]}
+        allowed = {
+            "acknowledge": {"triggered", "acknowledged"},
+            "archive": set(reach),
+            "resolve": {"triggered", "acknowledged", "resolved"},
+        }
         becomes = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
         self.log(1)
         for status, verbs in reach.items():
@@ -5187,8 +5499,7 @@ class SandboxAlertTest(SandboxCase):
         self.log(1)
         policy_id, other = self.policy()["policy_id"], self.policy(period="day")["policy_id"]
         make = lambda **fields: self.ok("POST", "/v1.0/destinations", {**SLACK, **fields})
-        meant = [make()["destination_id"],
-                 make(scope="policies", policy_ids=[policy_id])["destination_id"]]
+        meant = [make()["destination_id"], make(scope="policies", policy_ids=[policy_id])["destination_id"]]
         make(enabled=False)
         make(scope="policies")
         make(scope="policies", policy_ids=[other])
@@ -5196,11 +5507,20 @@ class SandboxAlertTest(SandboxCase):
         [alert] = [alert for alert in self.alerts() if alert["policy_id"] == policy_id]
         rows = self.deliveries(alert["alert_id"])
         self.assertEqual([row["destination_id"] for row in rows], meant)
-        self.assertEqual(rows[0], {
-            "attempt_id": rows[0]["attempt_id"], "alert_id": alert["alert_id"],
-            "destination_id": meant[0], "channel": "slack", "target": SLACK["url"],
-            "status": "sent", "response_status": 200, "error_message": None,
-            "created_at": alert["triggered_at"]})
+        self.assertEqual(
+            rows[0],
+            {
+                "attempt_id": rows[0]["attempt_id"],
+                "alert_id": alert["alert_id"],
+                "destination_id": meant[0],
+                "channel": "slack",
+                "target": SLACK["url"],
+                "status": "sent",
+                "response_status": 200,
+                "error_message": None,
+                "created_at": alert["triggered_at"],
+            },
+        )
         self.assertEqual(self.deliveries(alert["alert_id"], "?limit=1&offset=1"), rows[1:])
         self.assertEqual(self.deliveries(alert["alert_id"], "?kind=test"), [])
         self.assertEqual(self.deliveries(alert["alert_id"], "?kind=all"), rows)
@@ -5210,8 +5530,10 @@ class SandboxAlertTest(SandboxCase):
     def test_a_test_is_recorded_under_the_alert_id_it_answers(self):
         destination_id = self.ok("POST", "/v1.0/destinations", SLACK)["destination_id"]
         answer = self.ok("POST", f"/v1.0/destinations/{destination_id}/test")
-        self.assertEqual((set(answer), answer["destination_id"], answer["status"]),
-                         ({"alert_id", "destination_id", "status"}, destination_id, "sent"))
+        self.assertEqual(
+            (set(answer), answer["destination_id"], answer["status"]),
+            ({"alert_id", "destination_id", "status"}, destination_id, "sent"),
+        )
         [row] = self.deliveries(answer["alert_id"], "?kind=test")
         self.assertEqual(row["destination_id"], destination_id)
         self.assertEqual(self.deliveries(answer["alert_id"], "?kind=all"), [row])
@@ -5220,11 +5542,12 @@ class SandboxAlertTest(SandboxCase):
 
     def test_each_channel_with_what_it_needs(self):
         for channel, fields, target in (
-                ("slack", {"url": "https://a/b"}, "https://a/b"),
-                ("discord", {"url": "https://a/b"}, "https://a/b"),
-                ("webhook", {"url": "http://a", "credentials": {"authorization": "x"}}, "http://a"),
-                ("telegram", {"credentials": {"bot_token": "b", "chat_id": 5}}, "5"),
-                ("email", {}, "")):
+            ("slack", {"url": "https://a/b"}, "https://a/b"),
+            ("discord", {"url": "https://a/b"}, "https://a/b"),
+            ("webhook", {"url": "http://a", "credentials": {"authorization": "x"}}, "http://a"),
+            ("telegram", {"credentials": {"bot_token": "b", "chat_id": 5}}, "5"),
+            ("email", {}, ""),
+        ):
             with self.subTest(channel=channel):
                 made = self.ok("POST", "/v1.0/destinations", {"channel": channel, **fields})
                 self.assertEqual({**made, **fields}, made)
@@ -5234,8 +5557,18 @@ class SandboxAlertTest(SandboxCase):
 
     def test_a_destination_is_changed_in_part_and_checked_as_a_whole(self):
         made = self.ok("POST", "/v1.0/destinations", SLACK)
-        self.assertEqual({**made, "enabled": True, "scope": "all", "policy_ids": [],
-                          "credentials": {}, "last_error": None, "last_delivered_at": None}, made)
+        self.assertEqual(
+            {
+                **made,
+                "enabled": True,
+                "scope": "all",
+                "policy_ids": [],
+                "credentials": {},
+                "last_error": None,
+                "last_delivered_at": None,
+            },
+            made,
+        )
         path = f"/v1.0/destinations/{made['destination_id']}"
         self.ok("POST", path + "/test")
         made = self.ok("GET", path)
@@ -5258,8 +5591,7 @@ def _one(**fields):
 
 
 def _policy(**fields):
-    return {"event_id": "{event}", "period": "hour", "aggregate": "sum", "condition": "gt",
-            "threshold": 1, **fields}
+    return {"event_id": "{event}", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 1, **fields}
 
 
 ANALYTICS = "/v1.0/events/{event}/analytics?"
@@ -5282,19 +5614,16 @@ SANDBOX_RULES = [
     ("logs: value null", "POST", "/v1.0/logs", _one(value=None), 400, "log 1 value"),
     ("logs: value text", "POST", "/v1.0/logs", _one(value="1"), 400, "log 1 value"),
     ("logs: value bool", "POST", "/v1.0/logs", _one(value=True), 400, "log 1 value"),
-    ("logs: value huge", "POST", "/v1.0/logs", _one(value=10 ** 400), 400, "log 1 value"),
+    ("logs: value huge", "POST", "/v1.0/logs", _one(value=10**400), 400, "log 1 value"),
     ("logs: agent not text", "POST", "/v1.0/logs", _one(agent=5), 400, "log 1 agent"),
     ("logs: log_id not a UUID", "POST", "/v1.0/logs", _one(log_id="abc"), 400, "log 1 log_id"),
     ("logs: log_id not text", "POST", "/v1.0/logs", _one(log_id=5), 400, "log 1 log_id"),
     ("logs: meta 1,025 bytes", "POST", "/v1.0/logs", _one(meta="é" * 511 + "x"), 400, "log 1 meta"),
-    ("logs: meta 11 keys", "POST", "/v1.0/logs", _one(meta={str(n): 1 for n in range(11)}),
-     400, "log 1 meta"),
+    ("logs: meta 11 keys", "POST", "/v1.0/logs", _one(meta={str(n): 1 for n in range(11)}), 400, "log 1 meta"),
     ("logs: time not ISO", "POST", "/v1.0/logs", _one(occurred_at="now"), 400, "log 1 occurred_at"),
     ("logs: time a number", "POST", "/v1.0/logs", _one(occurred_at=5), 400, "log 1 occurred_at"),
-    ("logs: too old", "POST", "/v1.0/logs", _one(occurred_at="2026-02-02T10:30:14Z"), 400,
-     "log 1 occurred_at"),
-    ("logs: too early", "POST", "/v1.0/logs", _one(occurred_at="2026-03-05T10:30:16Z"), 400,
-     "log 1 occurred_at"),
+    ("logs: too old", "POST", "/v1.0/logs", _one(occurred_at="2026-02-02T10:30:14Z"), 400, "log 1 occurred_at"),
+    ("logs: too early", "POST", "/v1.0/logs", _one(occurred_at="2026-03-05T10:30:16Z"), 400, "log 1 occurred_at"),
     ("events: not JSON", "POST", "/v1.0/events", b"{", 400, "JSON"),
     ("events: not an object", "POST", "/v1.0/events", [], 400, "object"),
     ("events: no event", "POST", "/v1.0/events", {"title": "x"}, 400, "event"),
@@ -5302,12 +5631,9 @@ SANDBOX_RULES = [
     ("events: event not text", "POST", "/v1.0/events", {"event": 5}, 400, "event"),
     ("events: public not bool", "POST", "/v1.0/events", {"event": "b", "public": 1}, 400, "public"),
     ("events: title not text", "PUT", "/v1.0/events/{event}", {"title": 5}, 400, "title"),
-    ("events: timezone unknown", "POST", "/v1.0/events", {"event": "b", "timezone": "Mars/Base"},
-     400, "timezone"),
-    ("events: timezone a path", "PUT", "/v1.0/events/{event}", {"timezone": "../etc/passwd"},
-     400, "timezone"),
-    ("events: timezone a folder", "PUT", "/v1.0/events/{event}", {"timezone": "America"},
-     400, "timezone"),
+    ("events: timezone unknown", "POST", "/v1.0/events", {"event": "b", "timezone": "Mars/Base"}, 400, "timezone"),
+    ("events: timezone a path", "PUT", "/v1.0/events/{event}", {"timezone": "../etc/passwd"}, 400, "timezone"),
+    ("events: timezone a folder", "PUT", "/v1.0/events/{event}", {"timezone": "America"}, 400, "timezone"),
     ("events: exists", "POST", "/v1.0/events", {"event": "jobs.done", "agent": ""}, 422, "already"),
     ("events: renamed to another", "PUT", "/v1.0/events/{event}", {"agent": "taken"}, 422, "already"),
     ("events: id not a UUID", "GET", "/v1.0/events/evt_123", None, 400, "UUID"),
@@ -5318,33 +5644,38 @@ SANDBOX_RULES = [
     ("rollups: period", "GET", "/v1.0/events/{event}/logs?period=week", None, 400, "period"),
     ("rollups: limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=-1", None, 400, "limit"),
     ("rollups: blank limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=", None, 400, "limit"),
-    ("rollups: limit huge", "GET", "/v1.0/events/{event}/logs?period=day&limit=" + "9" * 5000, None,
-     400, "limit"),
+    ("rollups: limit huge", "GET", "/v1.0/events/{event}/logs?period=day&limit=" + "9" * 5000, None, 400, "limit"),
     ("rollups: offset", "GET", "/v1.0/events/{event}/logs?period=day&offset=x", None, 400, "offset"),
     ("rollups: id not a UUID", "GET", "/v1.0/events/x/logs?period=day", None, 400, "UUID"),
     ("rollups: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/logs?period=day", None, 404, UNKNOWN),
     ("analytics: no view", "GET", ANALYTICS + "period=1h&previous=previous_1d", None, 400, "view"),
-    ("analytics: view", "GET", ANALYTICS + "view=day&period=1h&previous=previous_1d", None,
-     400, "view window"),
-    ("analytics: no period", "GET", ANALYTICS + "view=window&previous=previous_1d", None,
-     400, "period 7d"),
-    ("analytics: period", "GET", ANALYTICS + "view=window&period=2h&previous=previous_1d", None,
-     400, "period 7d"),
-    ("analytics: no previous", "GET", ANALYTICS + "view=window&period=1h", None,
-     400, "previous previous_1m"),
-    ("analytics: previous", "GET", ANALYTICS + "view=window&period=1h&previous=1d", None,
-     400, "previous previous_1m"),
-    ("analytics: pair", "GET", ANALYTICS + "view=window&period=1d&previous=previous_1d", None,
-     400, "previous_1d 1d"),
+    ("analytics: view", "GET", ANALYTICS + "view=day&period=1h&previous=previous_1d", None, 400, "view window"),
+    ("analytics: no period", "GET", ANALYTICS + "view=window&previous=previous_1d", None, 400, "period 7d"),
+    ("analytics: period", "GET", ANALYTICS + "view=window&period=2h&previous=previous_1d", None, 400, "period 7d"),
+    ("analytics: no previous", "GET", ANALYTICS + "view=window&period=1h", None, 400, "previous previous_1m"),
+    ("analytics: previous", "GET", ANALYTICS + "view=window&period=1h&previous=1d", None, 400, "previous previous_1m"),
+    ("analytics: pair", "GET", ANALYTICS + "view=window&period=1d&previous=previous_1d", None, 400, "previous_1d 1d"),
     ("analytics: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/analytics", None, 404, UNKNOWN),
     ("policies: not an object", "POST", "/v1.0/policies", "x", 400, "object"),
-    *((f"policies: no {name}", "POST", "/v1.0/policies", _policy(**{name: None}), 400, name)
-      for name in ("event_id", "period", "aggregate", "condition", "threshold")),
-    *((f"policies: {name}", "POST", "/v1.0/policies", _policy(**{name: wrong}), 400, name)
-      for name, wrong in (("period", "1h"), ("aggregate", "p50"), ("condition", "ne"),
-                          ("severity", "fatal"), ("threshold", "5"), ("threshold", True),
-                          ("threshold", 10 ** 400), ("enabled", "yes"), ("title", 5),
-                          ("channel", 5))),
+    *(
+        (f"policies: no {name}", "POST", "/v1.0/policies", _policy(**{name: None}), 400, name)
+        for name in ("event_id", "period", "aggregate", "condition", "threshold")
+    ),
+    *(
+        (f"policies: {name}", "POST", "/v1.0/policies", _policy(**{name: wrong}), 400, name)
+        for name, wrong in (
+            ("period", "1h"),
+            ("aggregate", "p50"),
+            ("condition", "ne"),
+            ("severity", "fatal"),
+            ("threshold", "5"),
+            ("threshold", True),
+            ("threshold", 10**400),
+            ("enabled", "yes"),
+            ("title", 5),
+            ("channel", 5),
+        )
+    ),
     ("policies: event_id not a UUID", "POST", "/v1.0/policies", _policy(event_id="evt_1"), 400, "UUID"),
     ("policies: event_id unknown", "POST", "/v1.0/policies", _policy(event_id=UNKNOWN), 422, "event_id"),
     ("policies: PUT period", "PUT", "/v1.0/policies/{policy}", {"period": "week"}, 400, "period"),
@@ -5361,30 +5692,76 @@ SANDBOX_RULES = [
     ("deliveries: offset", "GET", "/v1.0/alerts/{alert}/deliveries?offset=-1", None, 400, "offset"),
     ("deliveries: id not a UUID", "GET", "/v1.0/alerts/x/deliveries", None, 400, "UUID"),
     ("deliveries: id unknown", "GET", f"/v1.0/alerts/{UNKNOWN}/deliveries", None, 404, UNKNOWN),
-    *((f"alerts: {verb}, id unknown", "POST", f"/v1.0/alerts/{UNKNOWN}/{verb}", None, 404, UNKNOWN)
-      for verb in ("acknowledge", "resolve", "archive")),
-    *((f"alerts: {verb}, id not a UUID", "POST", f"/v1.0/alerts/x/{verb}", None, 400, "UUID")
-      for verb in ("acknowledge", "resolve", "archive")),
-    ("alerts: acknowledge after resolve", "POST", "/v1.0/alerts/{alert}/acknowledge", None,
-     422, "acknowledge resolved"),
+    *(
+        (f"alerts: {verb}, id unknown", "POST", f"/v1.0/alerts/{UNKNOWN}/{verb}", None, 404, UNKNOWN)
+        for verb in ("acknowledge", "resolve", "archive")
+    ),
+    *(
+        (f"alerts: {verb}, id not a UUID", "POST", f"/v1.0/alerts/x/{verb}", None, 400, "UUID")
+        for verb in ("acknowledge", "resolve", "archive")
+    ),
+    (
+        "alerts: acknowledge after resolve",
+        "POST",
+        "/v1.0/alerts/{alert}/acknowledge",
+        None,
+        422,
+        "acknowledge resolved",
+    ),
     ("destinations: not an object", "POST", "/v1.0/destinations", [SLACK], 400, "object"),
     ("destinations: no channel", "POST", "/v1.0/destinations", {"url": "https://a"}, 400, "channel"),
     ("destinations: channel", "POST", "/v1.0/destinations", {"channel": "sms"}, 400, "channel"),
-    *((f"destinations: {channel} without url", "POST", "/v1.0/destinations", {"channel": channel},
-       400, "url") for channel in ("slack", "discord", "webhook")),
-    *((f"destinations: url {url}", "POST", "/v1.0/destinations", {"channel": "webhook", "url": url},
-       400, "url") for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x")),
-    ("destinations: bot_token", "POST", "/v1.0/destinations",
-     {"channel": "telegram", "credentials": {"chat_id": "1"}}, 400, "bot_token"),
-    ("destinations: chat_id", "POST", "/v1.0/destinations",
-     {"channel": "telegram", "credentials": {"bot_token": "x", "chat_id": " "}}, 400, "chat_id"),
-    *((f"destinations: {name}", "POST", "/v1.0/destinations", {**SLACK, name: wrong}, 400, name)
-      for name, wrong in (("credentials", "x"), ("credentials", {"a": []}), ("scope", 1),
-                          ("policy_ids", "x"), ("enabled", 0), ("url", 5))),
-    ("destinations: policy_ids not UUIDs", "POST", "/v1.0/destinations",
-     {**SLACK, "policy_ids": ["pol_1"]}, 400, "UUID"),
-    ("destinations: policy_ids unknown", "POST", "/v1.0/destinations",
-     {**SLACK, "policy_ids": [UNKNOWN]}, 422, "policy_ids"),
+    *(
+        (f"destinations: {channel} without url", "POST", "/v1.0/destinations", {"channel": channel}, 400, "url")
+        for channel in ("slack", "discord", "webhook")
+    ),
+    *(
+        (f"destinations: url {url}", "POST", "/v1.0/destinations", {"channel": "webhook", "url": url}, 400, "url")
+        for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x")
+    ),
+    (
+        "destinations: bot_token",
+        "POST",
+        "/v1.0/destinations",
+        {"channel": "telegram", "credentials": {"chat_id": "1"}},
+        400,
+        "bot_token",
+    ),
+    (
+        "destinations: chat_id",
+        "POST",
+        "/v1.0/destinations",
+        {"channel": "telegram", "credentials": {"bot_token": "x", "chat_id": " "}},
+        400,
+        "chat_id",
+    ),
+    *(
+        (f"destinations: {name}", "POST", "/v1.0/destinations", {**SLACK, name: wrong}, 400, name)
+        for name, wrong in (
+            ("credentials", "x"),
+            ("credentials", {"a": []}),
+            ("scope", 1),
+            ("policy_ids", "x"),
+            ("enabled", 0),
+            ("url", 5),
+        )
+    ),
+    (
+        "destinations: policy_ids not UUIDs",
+        "POST",
+        "/v1.0/destinations",
+        {**SLACK, "policy_ids": ["pol_1"]},
+        400,
+        "UUID",
+    ),
+    (
+        "destinations: policy_ids unknown",
+        "POST",
+        "/v1.0/destinations",
+        {**SLACK, "policy_ids": [UNKNOWN]},
+        422,
+        "policy_ids",
+    ),
     ("destinations: PUT", "PUT", "/v1.0/destinations/{destination}", {"url": "x"}, 400, "url"),
     ("destinations: id not a UUID", "GET", "/v1.0/destinations/dst_1", None, 400, "UUID"),
     ("destinations: id unknown", "GET", "/v1.0/destinations/" + UNKNOWN, None, 404, UNKNOWN),
@@ -5404,8 +5781,10 @@ class SandboxRulesTest(SandboxCase):
     """Each rule of the service that ends in a refusal, one row a rule."""
 
     def state(self):
-        return [self.sandbox.logs, *(self.ok("GET", f"/v1.0/{kind}") for kind in
-                                     ("events", "policies", "alerts", "destinations"))]
+        return [
+            self.sandbox.logs,
+            *(self.ok("GET", f"/v1.0/{kind}") for kind in ("events", "policies", "alerts", "destinations")),
+        ]
 
     def ids(self):
         self.log(1)
@@ -5414,8 +5793,12 @@ class SandboxRulesTest(SandboxCase):
         self.log(1)
         [alert] = self.ok("GET", "/v1.0/alerts")
         self.ok("POST", f"/v1.0/alerts/{alert['alert_id']}/resolve")
-        return {"{event}": self.event_id(), "{policy}": policy["policy_id"],
-                "{alert}": alert["alert_id"], "{destination}": destination["destination_id"]}
+        return {
+            "{event}": self.event_id(),
+            "{policy}": policy["policy_id"],
+            "{alert}": alert["alert_id"],
+            "{destination}": destination["destination_id"],
+        }
 
     def test_each_rule_is_refused_with_its_reason_and_changes_nothing(self):
         ids = self.ids()
@@ -5436,27 +5819,35 @@ class SandboxRulesTest(SandboxCase):
     def test_the_rows_are_refused_for_their_rule_alone(self):
         ids = self.ids()
         for method, path, body in (
-                ("POST", "/v1.0/logs", _one()), ("POST", "/v1.0/logs", _many(250)),
-                ("POST", "/v1.0/events", {"event": "b"}),
-                ("POST", "/v1.0/policies", _policy(event_id=ids["{event}"])),
-                ("POST", "/v1.0/destinations", SLACK),
-                ("GET", ANALYTICS.replace("{event}", ids["{event}"])
-                 + "view=window&period=1h&previous=previous_1d", None)):
+            ("POST", "/v1.0/logs", _one()),
+            ("POST", "/v1.0/logs", _many(250)),
+            ("POST", "/v1.0/events", {"event": "b"}),
+            ("POST", "/v1.0/policies", _policy(event_id=ids["{event}"])),
+            ("POST", "/v1.0/destinations", SLACK),
+            ("GET", ANALYTICS.replace("{event}", ids["{event}"]) + "view=window&period=1h&previous=previous_1d", None),
+        ):
             self.ok(method, path, body)
 
     def test_401_for_a_missing_or_bad_token_on_every_route(self):
-        for auth in (None, "", "chp_test", "Bearer", "Bearer ", "Bearer key", "Basic chp_test",
-                     "Bearer  chp_test"):
-            for method, path in (("POST", "/v1.0/logs"), ("GET", "/v1.0/events"),
-                                 ("PUT", "/v1.0/policies/x"), ("GET", "/v1.0/nothing")):
+        for auth in (None, "", "chp_test", "Bearer", "Bearer ", "Bearer key", "Basic chp_test", "Bearer  chp_test"):
+            for method, path in (
+                ("POST", "/v1.0/logs"),
+                ("GET", "/v1.0/events"),
+                ("PUT", "/v1.0/policies/x"),
+                ("GET", "/v1.0/nothing"),
+            ):
                 status, answer = self.call(method, path, _one(), auth=auth)
                 self.assertEqual((status, answer), (401, {"error": "invalid API key"}), auth)
         self.assertEqual(self.sandbox.logs, [])
 
     def test_with_a_key_of_its_own_any_other_is_401(self):
         self.sandbox = Sandbox(key="chp_mine")
-        for auth, status in (("Bearer chp_mine", 200), ("bearer chp_mine", 200),
-                             ("Bearer chp_other", 401), ("Bearer chp_mine2", 401)):
+        for auth, status in (
+            ("Bearer chp_mine", 200),
+            ("bearer chp_mine", 200),
+            ("Bearer chp_other", 401),
+            ("Bearer chp_mine2", 401),
+        ):
             self.assertEqual(self.call("GET", "/v1.0/events", auth=auth)[0], status, auth)
 
     def test_one_bad_log_fails_the_whole_request(self):
@@ -5488,9 +5879,15 @@ class SandboxFaultTest(SandboxCase):
         self.sandbox.fail(path="/policies", status=404)
         self.sandbox.fail(0, status=418)
         self.sandbox.fail(method="PUT", status=418)
-        self.assertEqual(self.statuses(
-            ("GET", "/v1.0/events"), ("GET", "/v1.0/policies"), ("POST", "/v1.0/logs", _one()),
-            ("POST", "/v1.0/logs", _one())), [200, 404, 500, 200])
+        self.assertEqual(
+            self.statuses(
+                ("GET", "/v1.0/events"),
+                ("GET", "/v1.0/policies"),
+                ("POST", "/v1.0/logs", _one()),
+                ("POST", "/v1.0/logs", _one()),
+            ),
+            [200, 404, 500, 200],
+        )
 
     def test_times_none_lasts_until_reset(self):
         self.sandbox.fail(None, status=500)
@@ -5501,15 +5898,16 @@ class SandboxFaultTest(SandboxCase):
     def test_a_scripted_status_takes_nothing_and_can_bring_body_and_headers(self):
         headers = {"Authorization": "Bearer chp_x"}
         for fields, expected in (
-                ({"status": 500}, (500, b'{"error":"scripted 500"}', {})),
-                ({"status": 302, "headers": {"Location": "http://b"}}, (302, b"", {"Location": "http://b"})),
-                ({"status": 500, "body": "plain é"}, (500, "plain é".encode(), {})),
-                ({"status": 200, "body": b"\xff"}, (200, b"\xff", {})),
-                ({"status": 500, "body": ""}, (500, b"", {})),
-                ({"status": 400, "body": {"message": "m"}}, (400, b'{"message":"m"}', {})),
-                ({"retry_after": 0}, (429, b'{"error":"scripted 429"}', {"Retry-After": "0"})),
-                ({"status": 503, "retry_after": 1.5}, (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"})),
-                ({}, (502, b'{"error":"scripted 502"}', {}))):
+            ({"status": 500}, (500, b'{"error":"scripted 500"}', {})),
+            ({"status": 302, "headers": {"Location": "http://b"}}, (302, b"", {"Location": "http://b"})),
+            ({"status": 500, "body": "plain é"}, (500, "plain é".encode(), {})),
+            ({"status": 200, "body": b"\xff"}, (200, b"\xff", {})),
+            ({"status": 500, "body": ""}, (500, b"", {})),
+            ({"status": 400, "body": {"message": "m"}}, (400, b'{"message":"m"}', {})),
+            ({"retry_after": 0}, (429, b'{"error":"scripted 429"}', {"Retry-After": "0"})),
+            ({"status": 503, "retry_after": 1.5}, (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"})),
+            ({}, (502, b'{"error":"scripted 502"}', {})),
+        ):
             with self.subTest(fields=fields):
                 self.sandbox.fail(**fields)
                 body = json.dumps(_one()).encode()
@@ -5563,12 +5961,14 @@ class SandboxFlowTest(SandboxCase):
     def test_the_whole_round(self):
         self.log(2, 3, agent="api", meta={"host": "a"})
         event_id = self.event_id(agent="api")
-        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics"
-                              "?view=window&period=1h&previous=previous_window")["data"]
+        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window")[
+            "data"
+        ]
         self.assertEqual((data["current_value"], data["current_count"]), (5, 2))
         policy = self.policy(event_id=event_id, threshold=10, severity="error", title="Slow")
-        destination = self.ok("POST", "/v1.0/destinations", {
-            **SLACK, "scope": "policies", "policy_ids": [policy["policy_id"]]})
+        destination = self.ok(
+            "POST", "/v1.0/destinations", {**SLACK, "scope": "policies", "policy_ids": [policy["policy_id"]]}
+        )
         test = self.ok("POST", f"/v1.0/destinations/{destination['destination_id']}/test")
         attempts = self.ok("GET", f"/v1.0/alerts/{test['alert_id']}/deliveries?kind=test")
         self.assertEqual([row["status"] for row in attempts], ["sent"])
@@ -5578,8 +5978,7 @@ class SandboxFlowTest(SandboxCase):
         path = f"/v1.0/alerts/{alert['alert_id']}"
         [delivery] = self.ok("GET", path + "/deliveries")
         self.assertEqual(delivery["destination_id"], destination["destination_id"])
-        for verb, status in (("acknowledge", "acknowledged"), ("resolve", "resolved"),
-                             ("archive", "archived")):
+        for verb, status in (("acknowledge", "acknowledged"), ("resolve", "resolved"), ("archive", "archived")):
             self.assertEqual(self.ok("POST", f"{path}/{verb}")["status"], status)
             self.assertEqual(len(self.ok("GET", f"/v1.0/alerts?status={status}")), 1)
         final = self.ok("GET", path)
@@ -5623,8 +6022,7 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
 
     def test_an_empty_answer_says_its_length(self):
         headers = {"Authorization": "Bearer chp_x"}
-        status, content, answered = self.exchange("POST", "/v1.0/logs", b'[{"event":"a","value":1}]',
-                                                  headers, 1)
+        status, content, answered = self.exchange("POST", "/v1.0/logs", b'[{"event":"a","value":1}]', headers, 1)
         self.assertEqual((status, content, answered["Content-Length"]), (200, b"", "0"))
 
     def test_a_dropped_connection_brings_no_answer(self):
@@ -5644,8 +6042,12 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
         self.assertEqual((status, answered["Retry-After"], self.slept), (429, "7", [2.0]))
 
     def test_a_body_of_unclear_length_is_400(self):
-        for name, value in (("Content-Length", "x"), ("Content-Length", "-1"),
-                            ("Content-Length", "1.5"), ("Transfer-Encoding", "chunked")):
+        for name, value in (
+            ("Content-Length", "x"),
+            ("Content-Length", "-1"),
+            ("Content-Length", "1.5"),
+            ("Transfer-Encoding", "chunked"),
+        ):
             self.connection.putrequest("POST", "/v1.0/logs")
             self.connection.putheader(name, value)
             self.connection.endheaders()
@@ -5656,7 +6058,7 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
         self.assertEqual(self.sandbox.requests, [])
 
     def test_a_body_too_large_is_413_also_for_a_client_that_sends_it_all(self):
-        for length, body in ((16 * 1024 * 1024 + 1, b"x" * (16 * 1024 * 1024 + 1)), (10 ** 30, b"")):
+        for length, body in ((16 * 1024 * 1024 + 1, b"x" * (16 * 1024 * 1024 + 1)), (10**30, b"")):
             self.connection.putrequest("POST", "/v1.0/logs")
             self.connection.putheader("Content-Length", str(length))
             self.connection.endheaders(body)
@@ -6231,7 +6633,9 @@ class PortabilityTest(TestCase):
     def run_in(self, folder, code, *flags, **options):
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         env.update(options.pop("env", {}))
-        done = subprocess.run([sys.executable, *flags, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=LONG)
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=LONG
+        )
         self.assertEqual((done.returncode, done.stderr), (0, ""), done.stderr)
         return done.stdout
 
@@ -6251,7 +6655,9 @@ class PortabilityTest(TestCase):
     def test_it_works_twice_under_two_names_in_one_process(self):
         folder = self.vendored()
         shutil.copy(chirrop.__file__, folder / "other.py")
-        code = self.USE.format(name="from myapp._vendor import chirrop") + self.USE.format(name="import other as chirrop")
+        code = self.USE.format(name="from myapp._vendor import chirrop") + self.USE.format(
+            name="import other as chirrop"
+        )
         code += "from myapp._vendor import chirrop as a; print(a.Log is chirrop.Log)"
         self.assertEqual(self.run_in(folder, code, "-X", "dev", "-W", "error"), self.FINE * 2 + "False\n")
 
@@ -6263,20 +6669,36 @@ class PortabilityTest(TestCase):
         self.assertEqual(self.run_in(folder, code, "-I", "-S"), self.FINE)
         with zipfile.ZipFile(folder / "app.pyz", "w") as archive:
             archive.write(chirrop.__file__, "__main__.py")
-        done = subprocess.run([sys.executable, "-I", "app.pyz", "--version"], cwd=folder, capture_output=True, text=True, timeout=LONG)
+        done = subprocess.run(
+            [sys.executable, "-I", "app.pyz", "--version"], cwd=folder, capture_output=True, text=True, timeout=LONG
+        )
         self.assertEqual((done.returncode, done.stdout.split()[-1:]), (0, [chirrop.__version__]), done.stderr)
 
     def test_it_works_under_every_interpreter_flag(self):
         folder = self.vendored()
-        code = f"import sys; sys.path.insert(0, {str(folder)!r}); " + self.USE.format(name="from myapp._vendor import chirrop")
-        for flags in (["-I"], ["-S"], ["-O"], ["-OO"], ["-X", "dev"], ["-W", "error"], ["-I", "-S", "-OO", "-B", "-W", "error"], ["-bb"], ["-X", "utf8=0"]):
+        code = f"import sys; sys.path.insert(0, {str(folder)!r}); " + self.USE.format(
+            name="from myapp._vendor import chirrop"
+        )
+        for flags in (
+            ["-I"],
+            ["-S"],
+            ["-O"],
+            ["-OO"],
+            ["-X", "dev"],
+            ["-W", "error"],
+            ["-I", "-S", "-OO", "-B", "-W", "error"],
+            ["-bb"],
+            ["-X", "utf8=0"],
+        ):
             with self.subTest(flags):
                 self.assertEqual(self.run_in(folder, code, *flags), self.FINE)
 
     def test_it_works_without_home_in_a_folder_that_is_gone(self):
         folder = self.folder()
         (folder / "gone").mkdir()
-        code = f"import os, sys; os.rmdir(os.getcwd()); sys.path.insert(0, {str(HERE)!r}); " + self.USE.format(name="import chirrop")
+        code = f"import os, sys; os.rmdir(os.getcwd()); sys.path.insert(0, {str(HERE)!r}); " + self.USE.format(
+            name="import chirrop"
+        )
         code += "try: chirrop.Config()\nexcept chirrop.ChirrOpValidationError as exc: print(exc)"
         env = {"HOME": "", "LANG": "C"}
         self.assertEqual(self.run_in(folder / "gone", code, "-I", env=env), self.FINE + "API key is required\n")
@@ -6284,14 +6706,23 @@ class PortabilityTest(TestCase):
     def test_a_missing_module_is_one_clear_error_when_that_part_is_used(self):
         begin = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfor m in {{missing}}: sys.modules[m] = None\n"
         use = begin + self.USE.format(name="import chirrop")
-        self.assertEqual(self.run_in(HERE, use.format(missing=["ssl", "_ssl", "sqlite3", "_ctypes", "ctypes", "fcntl"]), "-I"), self.FINE)
+        self.assertEqual(
+            self.run_in(HERE, use.format(missing=["ssl", "_ssl", "sqlite3", "_ctypes", "ctypes", "fcntl"]), "-I"),
+            self.FINE,
+        )
         spool = begin + "import chirrop\ntry: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
-        self.assertIn("SqliteSpool needs the sqlite3 module, which this Python lacks", self.run_in(HERE, spool.format(missing=["sqlite3"]), "-I"))
+        self.assertIn(
+            "SqliteSpool needs the sqlite3 module, which this Python lacks",
+            self.run_in(HERE, spool.format(missing=["sqlite3"]), "-I"),
+        )
         tls = begin + (
             "import chirrop\nc = chirrop.new_client(api_key='chp_x', servicer_endpoint='https://127.0.0.1:9', servicer_retries=0)\n"
             "try: c.list_events()\nexcept chirrop.ChirrOpTransportError as exc: print(exc)"
         )
-        self.assertIn("https needs the ssl module, which this Python lacks", self.run_in(HERE, tls.format(missing=["ssl", "_ssl"]), "-I"))
+        self.assertIn(
+            "https needs the ssl module, which this Python lacks",
+            self.run_in(HERE, tls.format(missing=["ssl", "_ssl"]), "-I"),
+        )
 
     def test_plain_http_works_without_ssl(self):
         server = chirrop._serve_sandbox(Sandbox())
@@ -6345,9 +6776,23 @@ for n in range(3):
 
     def test_a_layer_delivers_before_each_freeze_and_after_each_thaw(self):
         folder = self.folder()
-        readme = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else pathlib.Path("README.md").read_text(encoding="utf-8")
+        readme = (
+            (HERE / "README.md").read_text(encoding="utf-8")
+            if (HERE / "README.md").exists()
+            else pathlib.Path("README.md").read_text(encoding="utf-8")
+        )
         command = next(line for line in readme.splitlines() if "layer.zip" in line)
-        subprocess.run(["sh", "-c", command.replace("python3", f"'{sys.executable}'", 1).replace("'layer.zip'", repr(str(folder / "layer.zip")))], cwd=HERE, check=True)
+        subprocess.run(
+            [
+                "sh",
+                "-c",
+                command.replace("python3", f"'{sys.executable}'", 1).replace(
+                    "'layer.zip'", repr(str(folder / "layer.zip"))
+                ),
+            ],
+            cwd=HERE,
+            check=True,
+        )
         with zipfile.ZipFile(folder / "layer.zip") as archive:
             self.assertEqual(archive.namelist(), ["python/chirrop.py"])
             archive.extractall(folder)
@@ -6420,7 +6865,13 @@ class DocsTest(TestCase):
     def test_each_promise_about_logs_names_a_test_that_exists(self):
         rows = re.findall(r"^\|[^|]+\|[^|]*\|[^|]+\| (`test_[^|]+) \|$", self.README, re.M)
         self.assertGreaterEqual(len(rows), 15)
-        tests = {name for value in globals().values() if isinstance(value, type) for name in dir(value) if name.startswith("test_")}
+        tests = {
+            name
+            for value in globals().values()
+            if isinstance(value, type)
+            for name in dir(value)
+            if name.startswith("test_")
+        }
         for row in rows:
             for name in re.findall(r"`(\w+)`", row):
                 self.assertTrue(name in tests, name)
@@ -6436,7 +6887,11 @@ class DocsTest(TestCase):
     def test_settings_and_their_defaults_are_those_of_config(self):
         import inspect
 
-        rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| .+ \|$", self.README.split("## Settings")[1].split("## Errors")[0], re.M))
+        rows = dict(
+            re.findall(
+                r"^\| `(\w+)` \| (.+?) \| .+ \|$", self.README.split("## Settings")[1].split("## Errors")[0], re.M
+            )
+        )
         parameters = inspect.signature(Config).parameters
         self.assertEqual(list(rows), list(parameters))
         for name, parameter in parameters.items():
