@@ -4911,14 +4911,14 @@ class ModuleTest(TestCase):
             self.assertNotRegex(self.SOURCE, rf"\b{re.escape(danger)}\b\s*[(.]", danger)
 
     def test_sections_do_not_reach_down(self):
-        bounds = [(m.start(), m.group(1)) for m in re.finditer(r"^# ---- (.+?) -+$", self.SOURCE, re.M)]
+        bounds = [(m.start(), m.group(1)) for m in re.finditer(r"^# ---- (.+?) -+$", self.SOURCE, re.MULTILINE)]
         self.assertEqual(
             [name for _, name in bounds],
             ["Constants and vocabularies", "Errors", "Log", "Config", "Buffers", "Retry policy", "Outbox", "Reporter and sender",
              "Transport", "Client", "Global API", "Sandbox", "Command line", "Licence"],
         )  # fmt: skip
         lines = [self.SOURCE[:start].count("\n") + 1 for start, _ in bounds]
-        section = lambda line: sum(line >= first for first in lines)  # noqa: E731
+        section = lambda line: sum(line >= first for first in lines)
         defined = {}
         for node in self.TREE.body:
             targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
@@ -4949,7 +4949,7 @@ class ModuleTest(TestCase):
         return {(4, "SqliteSpool"), (8, "_Link")}
 
     def test_the_version_is_one_literal_and_the_licence_is_inside(self):
-        self.assertEqual(len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', self.SOURCE, re.M)), 1)
+        self.assertEqual(len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', self.SOURCE, re.MULTILINE)), 1)
         self.assertIn("MIT License", self.SOURCE)
         self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.SOURCE)
 
@@ -6834,7 +6834,7 @@ class DocsTest(TestCase):
     README = readme()
 
     def test_every_python_block_runs(self):
-        blocks = re.findall(r"```python\n(.*?)```", self.README, re.S)
+        blocks = re.findall(r"```python\n(.*?)```", self.README, re.DOTALL)
         self.assertGreaterEqual(len(blocks), 6)
         self.addCleanup(os.chdir, os.getcwd())
         for block in blocks:
@@ -6863,7 +6863,7 @@ class DocsTest(TestCase):
                     thread.join(LONG)
 
     def test_each_promise_about_logs_names_a_test_that_exists(self):
-        rows = re.findall(r"^\|[^|]+\|[^|]*\|[^|]+\| (`test_[^|]+) \|$", self.README, re.M)
+        rows = re.findall(r"^\|[^|]+\|[^|]*\|[^|]+\| (`test_[^|]+) \|$", self.README, re.MULTILINE)
         self.assertGreaterEqual(len(rows), 15)
         tests = {
             name
@@ -6889,7 +6889,9 @@ class DocsTest(TestCase):
 
         rows = dict(
             re.findall(
-                r"^\| `(\w+)` \| (.+?) \| .+ \|$", self.README.split("## Settings")[1].split("## Errors")[0], re.M
+                r"^\| `(\w+)` \| (.+?) \| .+ \|$",
+                self.README.split("## Settings")[1].split("## Errors")[0],
+                re.MULTILINE,
             )
         )
         parameters = inspect.signature(Config).parameters
