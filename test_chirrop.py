@@ -5606,7 +5606,7 @@ SANDBOX_RULES = [
     ("logs: not an array", "POST", "/v1.0/logs", {"event": "a", "value": 1}, 400, "array"),
     ("logs: none", "POST", "/v1.0/logs", [], 400, "250"),
     ("logs: 251", "POST", "/v1.0/logs", _many(251), 400, "250"),
-    ("logs: not an object", "POST", "/v1.0/logs", _many(1) + [5], 400, "log 1"),
+    ("logs: not an object", "POST", "/v1.0/logs", [*_many(1), 5], 400, "log 1"),
     ("logs: no event", "POST", "/v1.0/logs", [{"value": 1}], 400, "log 0 event"),
     ("logs: event not text", "POST", "/v1.0/logs", _one(event=5), 400, "log 1 event"),
     ("logs: event blank", "POST", "/v1.0/logs", _one(event=" \t"), 400, "log 1 event"),
@@ -5851,7 +5851,7 @@ class SandboxRulesTest(SandboxCase):
             self.assertEqual(self.call("GET", "/v1.0/events", auth=auth)[0], status, auth)
 
     def test_one_bad_log_fails_the_whole_request(self):
-        self.assertEqual(self.call("POST", "/v1.0/logs", _many(249) + [{"event": ""}])[0], 400)
+        self.assertEqual(self.call("POST", "/v1.0/logs", [*_many(249), {"event": ""}])[0], 400)
         self.assertEqual(self.sandbox.logs, [])
         self.assertEqual(self.ok("GET", "/v1.0/events"), [])
 
@@ -6615,6 +6615,94 @@ class DemoTest(CommandLineCase):
                 account = json.loads(self.main("demo", "--json", status=status)[0])
             self.assertEqual(account["balanced"], status == 0)
             self.assertEqual((account["accepted"], len(account["rollups"]) > 5), (5000, True))
+
+
+# ---- The whole flow -------------------------------------------------------
+
+
+class FlowTest(TestCase):
+    """What an application does with ChirrOp from its first log to an archived alert, by one client."""
+
+    def setUp(self):
+        super().setUp()
+        self.sandbox = Sandbox()
+        self.flow = self.client(transport=self.sandbox)
+
+    def test_log_to_archived_alert(self):
+        client = self.flow
+        client.create_event({"event": "tool.errors.count", "agent": "billing", "unit": "errors"})
+        client.log(Log("tool.errors.count", 1, agent="billing"))
+        self.assertTrue(client.flush(LONG))
+        event = client.find_event("tool.errors.count", agent="billing")
+        self.assertEqual(
+            (event["unit"], [e["event_id"] for e in client.list_events()]), ("errors", [event["event_id"]])
+        )
+        self.assertEqual(client.update_event(event["event_id"], {"title": "Errors"})["title"], "Errors")
+        rollups = list(client.iter_event_logs(event["event_id"], "day"))
+        self.assertEqual([(r["count"], r["value"]) for r in rollups], [(1, 1.0)])
+        analytics = client.get_event_analytics(event["event_id"], "window", "1h", "previous_1d")
+        self.assertEqual((analytics["data"]["current_value"], analytics["data"]["previous_count"]), (1.0, 0))
+
+        policy = client.create_policy(
+            {"event_id": event["event_id"], "period": "day", "aggregate": "sum", "condition": "gte", "threshold": 5}
+        )
+        policy = client.update_policy(policy["policy_id"], {"severity": "critical"})
+        self.assertEqual(client.get_policy(policy["policy_id"]), policy)
+        self.assertEqual(client.list_policies(), [policy])
+        destination = client.create_destination({"channel": "slack", "url": "https://hooks.slack.com/services/T/B/x"})
+        destination_id = destination["destination_id"]
+        client.update_destination(destination_id, {"scope": "all"})
+        self.assertEqual(client.get_destination(destination_id)["scope"], "all")
+        result = client.test_destination(destination_id)
+        self.assertEqual((result["destination_id"], result["status"]), (destination_id, "sent"))
+        tested = client.get_alert_deliveries(result["alert_id"], kind="test")
+        self.assertEqual([d["destination_id"] for d in tested], [destination_id])
+        self.assertEqual(client.list_alerts(), [])
+
+        for _ in range(5):
+            client.log(Log("tool.errors.count", 1, agent="billing"))
+        self.assertTrue(client.flush(LONG))
+        (alert,) = client.list_alerts("triggered")
+        self.assertEqual(
+            (alert["policy_id"], alert["severity"], alert["value"]), (policy["policy_id"], "critical", 6.0)
+        )
+        (delivery,) = client.iter_alert_deliveries(alert["alert_id"])
+        self.assertEqual((delivery["destination_id"], delivery["status"]), (destination_id, "sent"))
+        for call, status in (
+            (client.acknowledge_alert, "acknowledged"),
+            (client.resolve_alert, "resolved"),
+            (client.archive_alert, "archived"),
+        ):
+            self.assertEqual(call(alert["alert_id"])["status"], status)
+        self.assertEqual(client.get_alert(alert["alert_id"])["status"], "archived")
+        self.assertEqual(len(client.list_destinations()), 1)
+
+    def test_what_the_service_refuses_is_the_callers_error(self):
+        for call, status in (
+            (lambda: self.flow.get_event("evt_123"), 400),
+            (lambda: self.flow.get_alert(str(uuid.uuid4())), 404),
+            (lambda: self.flow.create_policy({"title": "no event"}), 400),
+            (lambda: self.flow.create_destination({"channel": "telegram"}), 400),
+        ):
+            with self.assertRaises(chirrop.ChirrOpNonRetryableError) as caught:
+                call()
+            self.assertEqual(caught.exception.status_code, status)
+            self.assertIn("error", caught.exception.body)
+
+
+class HttpFlowTest(FlowTest):
+    """The same over HTTP, by the real transport."""
+
+    def setUp(self):
+        super().setUp()
+        server = chirrop._serve_sandbox(self.sandbox)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self.addCleanup(thread.join, LONG)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        base = f"http://127.0.0.1:{server.server_port}/v1.0"
+        self.flow = self.client(transport=None, api_endpoint=f"{base}/logs", servicer_endpoint=base)
 
 
 # ---- Portability ----------------------------------------------------------
