@@ -1355,6 +1355,14 @@ class SpoolTest(ProcessTestCase):
         )
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
+    def test_a_file_opened_a_hundred_million_times_still_takes_logs(self):
+        path, left = self.make_spool()
+        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+            conn.execute("UPDATE sqlite_sequence SET seq = 100000000")
+        self.make_spool(2, path)
+        self.assertEqual(self.drain(path)[:3], left)
+        self.assertEqual(os.listdir(path.parent), [path.name])
+
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
         client = self.client(
@@ -1511,7 +1519,7 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
             client.log(entry)
         self.assertTrue(client.flush(LONG))
         self.assertTrue(client.close(LONG))
-        self.assertEqual(ids(transport.logs()), [e.log_id for e in entries])
+        self.assertEqual(sorted(ids(transport.logs())), sorted(e.log_id for e in entries))
         self.assertEqual(self.assertBalanced(client).delivered, 30)
         self.assertEqual(len(self.warnings_of("spool")), 1, [r.getMessage() for r in self.records])
 
