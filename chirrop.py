@@ -1082,9 +1082,8 @@ class SqliteSpool:
             self._count_in(self._transact(self._take_over) or [])
 
     def _count_in(self, taken: list[tuple[list[int], int]]) -> None:
-        for span, count in taken:
-            self._owners.insert(0, span)
-            self._stored += count
+        self._owners[:0] = [span for span, _ in taken]  # older than what is ours
+        self._stored += sum(count for _, count in taken)
 
     def remove(self, keys: list[Any]) -> None:
         """Forget delivered logs."""
