@@ -883,28 +883,11 @@ class _Memory(deque):  # type: ignore[type-arg]
         items = [self.popleft() for _ in range(min(limit, len(self)))]  # only ever called by one thread
         return [], items
 
-    def adopt(self) -> None:
-        pass
+    def adopt(self, *_: object) -> bool:
+        return False  # nothing to do, nothing that outlives the process, and no lock to be inside of
 
-    def remove(self, keys: list[Any]) -> None:
-        pass
-
-    def bury(self, keys: list[Any], message: str) -> None:
-        pass
-
-    def park(self, keys: list[Any]) -> bool:
-        return False
-
-    give_back = park
-
-    def close(self) -> None:
-        pass
-
-    def entered(self) -> bool:
-        return False
-
-    is_open = entered
-    before_fork = after_fork_in_parent = close
+    bury = park = give_back = close = entered = is_open = before_fork = after_fork_in_parent = adopt
+    remove = adopt  # type: ignore[assignment]
     after_fork = deque.clear
 
 
@@ -1598,7 +1581,7 @@ class _Flush:
         self.result.put(clean)
 
 
-_Drop = namedtuple("_Drop", "reason items error")
+_Drop = namedtuple("_Drop", "reason count items error")  # items: none where nobody can read them any more
 
 
 class _Outbox:
@@ -1619,7 +1602,7 @@ class _Outbox:
         self._resume_at = 0.0  # end of the backoff
         self._failures = 0  # failures in a row, over all batches; concurrent ones count once
         self.width = 1  # requests that may be in flight at once
-        self._taken = self._settled = 0  # logs that have left the buffer, and those of them with a fate
+        self._taken = 0  # logs that have left the buffer
         self._direct = self._delivered = self._parked = self._retries = 0
         self._dropped: dict[str, int] = {}
         self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
@@ -1686,7 +1669,7 @@ class _Outbox:
     @_locked
     def _refuse_late(self, data: bytes) -> list[_Drop]:
         self._direct += 1
-        return self._lose("closed", [data], ChirrOpError("logged after close"))
+        return self._lose("closed", 1, [data], ChirrOpError("logged after close"))
 
     @_locked
     def count_direct(self, count: int) -> None:
@@ -1763,7 +1746,6 @@ class _Outbox:
         if error is None:
             self.buffer.remove(batch.keys)
             self._delivered += len(batch.items)
-            self._settled += len(batch.items)
             if len(self.buffer) >= MAX_BATCH:
                 self.width = min(self.width + 1, self._config.max_senders)
         elif verdict == _RETRY:
@@ -1797,7 +1779,6 @@ class _Outbox:
         if not self.buffer.park(batch.keys):
             return self._drop(batch, "refused", error)
         self._parked += len(batch.items)
-        self._settled += len(batch.items)
         self._blemish(batch)
         return []
 
@@ -1812,13 +1793,12 @@ class _Outbox:
 
     def _drop(self, batch: _Batch, reason: str, error: ChirrOpError) -> list[_Drop]:
         self.buffer.bury(batch.keys, str(error))
-        self._settled += len(batch.items)
         self._blemish(batch)
-        return self._lose(reason, batch.items, error)
+        return self._lose(reason, len(batch.items), batch.items, error)
 
-    def _lose(self, reason: str, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
-        self._dropped[reason] = self._dropped.get(reason, 0) + len(items)
-        return [_Drop(reason, items, error)]
+    def _lose(self, reason: str, count: int, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
+        self._dropped[reason] = self._dropped.get(reason, 0) + count
+        return [_Drop(reason, count, items, error)]
 
     @_locked
     def losses(self) -> list[_Drop]:
@@ -1829,15 +1809,12 @@ class _Outbox:
     def _check_lost(self) -> None:
         """Account for logs that a damaged spool file took along; nobody can read them any more."""
         lost, self.buffer.lost = self.buffer.lost, 0
-        if not lost:
-            return
-        self._taken += lost
-        self._settled += lost
-        self._dropped["damaged"] = self._dropped.get("damaged", 0) + lost
-        for flush in self._flushes:
-            flush.clean = False
-        self._losses.append(_Drop("damaged", [], ChirrOpError(f"{lost} logs are in a damaged spool file")))
-        self._tell()
+        if lost:
+            self._taken += lost
+            for flush in self._flushes:
+                flush.clean = False
+            self._losses += self._lose("damaged", lost, [], ChirrOpError("they are in a damaged spool file"))
+            self._tell()
 
     # Flush and close.
 
@@ -1901,17 +1878,12 @@ class _Outbox:
         """Drop what waits in memory after the end."""
         _, items = self.buffer.take(sys.maxsize)
         self._taken += len(items)
-        self._settled += len(items)
-        return self._lose("closed", items, ChirrOpError("not sent before close")) if items else []
+        return self._lose("closed", len(items), items, ChirrOpError("not sent before close")) if items else []
 
     @_locked
     def held(self) -> int:
         """Return the number of logs that may still be delivered by this client."""
-        return len(self.buffer) + self._taken - self._settled
-
-    @_locked
-    def flushing(self) -> bool:
-        return bool(self._flushes)
+        return len(self.buffer) + sum(len(batch.items) for batch in (*self._front, *self._flying))
 
     @_locked
     def stats(self) -> Stats:
@@ -1957,7 +1929,7 @@ class _Reporter:
     def drops(self, drops: list[_Drop], record: bool = True) -> None:
         for drop in drops:
             if record:
-                self._drops.append(_Drop(drop.reason, len(drop.items), drop.error))
+                self._drops.append(drop._replace(items=()))
             if self._on_drop is None or getattr(_reporting, "in_on_drop", False):
                 continue  # dropped by what on_drop itself does: counted and logged only
             _reporting.in_on_drop = True
@@ -2024,7 +1996,7 @@ class _Reporter:
     def _added_up(self) -> dict[str, tuple[int, ChirrOpError]]:
         totals: dict[str, tuple[int, ChirrOpError]] = {}
         while self._drops:
-            reason, count, error = self._drops.popleft()
+            reason, count, _, error = self._drops.popleft()
             totals[reason] = (totals.get(reason, (0, error))[0] + count, error)
         return totals
 
