@@ -894,9 +894,9 @@ class _Memory(deque):  # type: ignore[type-arg]
 # Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
 # client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
 _OWNER_BITS = 36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
-_QUEUED, _PARKED, _DEAD = 0, 1, 2
 _SPOOL_VERSION = 1
 _SQL_TABLES = (
+    # state: 0 queued, 1 parked, 2 dead letter, which alone has an error
     "CREATE TABLE IF NOT EXISTS logs"
     " (id INTEGER PRIMARY KEY, body BLOB NOT NULL, state INTEGER NOT NULL DEFAULT 0, error TEXT)",
     # holder: whose lock file shows that it lives; NULL after a close. AUTOINCREMENT: a number is never reused.
@@ -906,13 +906,7 @@ _SQL_TABLES = (
 _SQL_INSERT = "INSERT INTO logs (id, body) VALUES (?, ?)"
 _SQL_TAKE = "SELECT id, body FROM logs WHERE id > ? AND id < ? AND state = 0 ORDER BY id LIMIT ?"
 _SQL_COUNT = "SELECT count(*) FROM logs WHERE id > ? AND id < ? AND state = 0"
-_SQL_REMOVE = "DELETE FROM logs WHERE id = ?"
-_SQL_STATE = "UPDATE logs SET state = ?, error = ? WHERE id = ?"
 _SQL_UNPARK = "UPDATE logs SET state = 0 WHERE id > ? AND id < ? AND state = 1"
-_SQL_DEAD = "SELECT body, error FROM logs WHERE state = 2 ORDER BY id"
-_SQL_OWNERS = "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id"
-_SQL_ADOPT = "UPDATE owners SET holder = ? WHERE id = ?"
-_SQL_RELEASE = "UPDATE owners SET holder = NULL WHERE holder = ?"
 _SQL_FORGET = (
     "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"  # noqa: S608  # made of constants
     f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
@@ -1027,7 +1021,7 @@ class SqliteSpool:
             conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
             try:
                 conn.execute("BEGIN IMMEDIATE" if remove else "BEGIN")
-                rows = conn.execute(_SQL_DEAD).fetchall()
+                rows = conn.execute("SELECT body, error FROM logs WHERE state = 2 ORDER BY id").fetchall()
                 if remove:
                     conn.execute("DELETE FROM logs WHERE state = 2")
                 conn.execute("COMMIT")
@@ -1055,7 +1049,7 @@ class SqliteSpool:
         if rows:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
-            if self._usable() and self._may_write():
+            if self._may_write():
                 return [], []  # what is in the inbox now will be committed by the thread that put it there
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
@@ -1071,29 +1065,29 @@ class SqliteSpool:
 
     def remove(self, keys: list[Any]) -> None:
         """Forget delivered logs."""
-        self._change(keys, lambda conn, ids: conn.executemany(_SQL_REMOVE, [(i,) for i in ids]))
+        self._change(keys, "DELETE FROM logs WHERE id = ?")
 
     def bury(self, keys: list[Any], message: str) -> None:
         """Keep dropped logs as dead letters."""
-        self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_DEAD, message, i) for i in ids]))
+        self._change(keys, "UPDATE logs SET state = 2, error = ? WHERE id = ?", message)
 
     def park(self, keys: list[Any]) -> bool:
         """Keep refused logs for a later run."""
         # Where this write fails, the row is still queued in the file: a later run finds it all the same.
-        return self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_PARKED, None, i) for i in ids]))
+        return self._change(keys, "UPDATE logs SET state = 1 WHERE id = ?")
 
     def give_back(self, keys: list[Any]) -> bool:
         """Let logs that were taken wait again."""
-        ours = self._change(keys, lambda conn, ids: None)  # the rows are still queued in the file
+        ours = self._change(keys, "UPDATE logs SET state = 0 WHERE id = ?")
         self._stored += len(keys) if ours else 0
         return ours
 
-    def _change(self, keys: list[Any], work: Callable[..., Any]) -> bool:
-        """Run work(connection, row ids); False when the rows are not in this file (any more)."""
-        ids = [row for generation, row in keys if generation == self._generation]
-        if ids:
-            self._transact(work, ids)
-        return bool(ids) and keys[0][0] == self._generation  # unless `work` found the file damaged
+    def _change(self, keys: list[Any], sql: str, *values: object) -> bool:
+        """Run a statement for each row; False when the rows are not in this file (any more)."""
+        rows = [(*values, row) for generation, row in keys if generation == self._generation]
+        if rows:
+            self._transact(lambda conn: conn.executemany(sql, rows))
+        return bool(rows) and keys[0][0] == self._generation  # unless the file turned out to be damaged
 
     def close(self) -> None:
         """Leave what waits to the next client on this file, and close it."""
@@ -1176,46 +1170,48 @@ class SqliteSpool:
         return self._conn is not None
 
     def _may_write(self) -> bool:
-        return time.monotonic() >= self._retry_at
+        return self._usable() and time.monotonic() >= self._retry_at
 
     def _transact(self, work: Callable[..., Any], *args: Any) -> Any:
         """Return work(connection, *args), done in one transaction; None when the file cannot be used."""
         with self._lock:
             if self._inside or not self._usable():
                 return None
-            self._inside = True
-            try:
+
+            def whole() -> Any:
                 self._conn.execute("BEGIN IMMEDIATE")
                 result = work(self._conn, *args)
                 self._conn.execute("COMMIT")
-            except Exception as exc:
-                result = None
-                self._degrade(exc)
-            except BaseException:  # Ctrl-C, or a signal handler that raises
-                self._roll_back()
-                raise
-            finally:
-                self._inside = False
+                return result
+
+            result = self._attempt(whole)
             self._commit()  # what a finaliser or signal handler has logged meanwhile
             return result
 
     def _commit(self) -> None:
         """Write the inbox to the file, unless this very thread is inside already and will do so."""
         with self._lock:
-            while self._inbox and not self._inside and not self._closed and self._usable() and self._may_write():
-                self._inside = True
-                try:
-                    self._insert(self._conn)
-                except Exception as exc:
-                    self._degrade(exc)
+            while self._inbox and not self._inside and not self._closed and self._may_write():
+                if not self._attempt(self._insert):
                     return
-                except BaseException:
-                    self._roll_back()
-                    raise
-                finally:
-                    self._inside = False
 
-    def _insert(self, conn: Any) -> None:
+    def _attempt(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` does with the file; None when it fails, which is then dealt with."""
+        self._inside = True
+        try:
+            return work()
+        except Exception as exc:
+            self._degrade(exc)
+        except BaseException:  # Ctrl-C, or a signal handler that raises
+            self._roll_back()
+            raise
+        finally:
+            self._inside = False
+        return None
+
+    def _insert(self) -> bool:
+        """Write what is in the inbox now, in one transaction."""
+        conn = self._conn
         rows = []
         for _ in range(len(self._inbox)):
             self._last_id += 1
@@ -1228,6 +1224,7 @@ class SqliteSpool:
                 conn.executemany(_SQL_INSERT, rows)
                 conn.execute("COMMIT")
             self._stored += len(rows)
+            return True
         except BaseException:
             self._inbox.extendleft(body for _, body in reversed(rows))
             raise
@@ -1303,13 +1300,14 @@ class SqliteSpool:
         Returns the ranges of ids, with the number of logs that wait in each; they count once this is committed.
         """
         taken = []
-        for owner, holder in conn.execute(_SQL_OWNERS, (self._holder,)).fetchall():
+        others = conn.execute("SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id", (self._holder,))
+        for owner, holder in others.fetchall():
             if not (opening if holder is None else self._is_dead(holder)):
                 continue
             span = [owner << _OWNER_BITS, (owner + 1) << _OWNER_BITS]
             if opening:
                 conn.execute(_SQL_UNPARK, span)
-            conn.execute(_SQL_ADOPT, (self._holder, owner))
+            conn.execute("UPDATE owners SET holder = ? WHERE id = ?", (self._holder, owner))
             taken.append((span, conn.execute(_SQL_COUNT, span).fetchone()[0]))
         return taken
 
@@ -1331,7 +1329,7 @@ class SqliteSpool:
         os.close(fd)
 
     def _release(self, conn: Any) -> None:
-        conn.execute(_SQL_RELEASE, (self._holder,))
+        conn.execute("UPDATE owners SET holder = NULL WHERE holder = ?", (self._holder,))
         conn.execute(_SQL_FORGET)
 
     def _drop_connection(self) -> None:
