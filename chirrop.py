@@ -16,7 +16,7 @@ Outside itself this file touches, each in the one place named:
     threads   _Sender, daemon, started by the first log
     disk      SqliteSpool, when one is configured; ./.env is read for the key
     environ   Config (CHIRROP_*); urllib's and OpenSSL's own variables; the command line's NO_COLOR and COLUMNS
-    exit      one atexit hook and one after-fork hook, installed with the first Client
+    exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 
 Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
@@ -364,6 +364,7 @@ try:
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
+_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
 _minted = _NOT_MINTED  # (second, process, ISO text, random hex not used yet); replaced as a whole, never edited
@@ -499,7 +500,7 @@ def _encode_meta(meta: object) -> str:
 
 
 def _encode_log(
-    event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object, now: float
+    now: float, event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object
 ) -> bytes:
     """Return the wire form of one log; every rule of the service is checked here.
 
@@ -535,14 +536,6 @@ def _encode_log(
         raise
 
 
-def _check_log(fields: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Return a log as the wire carries it, checked and with its defaults filled in, as a new dict."""
-    get = fields.get
-    body = _encode_log(get("event"), get("value"), get("agent"), get("log_id"), get("meta"), get("occurred_at"), now)
-    log: dict[str, Any] = json.loads(body)
-    return log
-
-
 class Log:
     """One event, checked and encoded when it is made, and unchangeable from then on.
 
@@ -576,7 +569,7 @@ class Log:
         meta: object = None,
         occurred_at: datetime | str | None = None,
     ) -> None:
-        _set_body(self, _encode_log(event, value, agent, log_id, meta, occurred_at, time.time()))
+        _set_body(self, _encode_log(time.time(), event, value, agent, log_id, meta, occurred_at))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the log as it is sent, as a new dict; `agent` and `meta` only if they were given."""
@@ -584,7 +577,7 @@ class Log:
         return log
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("event", "value", "agent", "log_id", "meta", "occurred_at"):
+        if name in _LOG_FIELDS:
             return self.to_dict().get(name)
         raise AttributeError(f"'Log' object has no attribute {name!r}")
 
@@ -1486,22 +1479,15 @@ class _Answer:
         if 300 <= self.status < 400:
             message = "redirects are not followed; check the endpoint"
         if not isinstance(message, str):
-            message = text[:200] or _phrase(self.status)
+            import http.client
+
+            message = text[:200] or http.client.responses.get(self.status, "no message").lower()
         kind = _ERROR_BY_STATUS.get(self.status)
         if kind is None:
             kind = ChirrOpServerError if self.status >= 500 else ChirrOpNonRetryableError
         return kind(
             f"HTTP {self.status}: {message}", status_code=self.status, body=body, retry_after=self.retry_after()
         )
-
-
-def _phrase(status: int) -> str:
-    import http
-
-    try:
-        return http.HTTPStatus(status).phrase.lower()
-    except ValueError:
-        return "no message"
 
 
 # ---- Outbox ---------------------------------------------------------------
@@ -2439,14 +2425,11 @@ class _UrllibTransport:
 
     @staticmethod
     def _read(response: Any) -> bytes:
-        parts: list[bytes] = []
-        size = response.length or 0
-        while size <= MAX_ANSWER_BYTES:
-            part = response.read() if response.length is not None else response.read(65536)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-            size = sum(map(len, parts))
+        if (response.length or 0) <= MAX_ANSWER_BYTES:
+            # Of a given length without a limit, because read() alone notices that some of it is missing.
+            body: bytes = response.read() if response.length is not None else response.read(MAX_ANSWER_BYTES + 1)
+            if len(body) <= MAX_ANSWER_BYTES:
+                return body
         raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
 
     def _connect(self, request: Any, deadline: float) -> Any:
@@ -2555,9 +2538,9 @@ class _Link:
         """Import what attempts need, at a moment that a fork waits for; what fails here fails again in its place."""
         import importlib
 
-        names = ["email.utils"]
+        names = ["email.utils", "http.client"]
         if isinstance(self._transport, _UrllibTransport):  # urllib before ssl, which not every Python has
-            names += ["http.client", "select", "urllib.request", "encodings.idna", "ssl"]
+            names += ["select", "urllib.request", "encodings.idna", "ssl"]
         try:
             for name in names:
                 importlib.import_module(name)
@@ -3272,25 +3255,7 @@ class ChirrOp:
         return client.close(timeout) if client is not None else True
 
 
-def initialize(config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
-    """Make the global client and return it; see ChirrOp.initialize."""
-    config, api_key = _hidden(config), _hidden(api_key)
-    return ChirrOp.initialize(config, api_key=api_key, **fields)
-
-
-def log_event(entry: Log) -> None:
-    """Queue one log on the global client; see Client.log."""
-    ChirrOp.log_event(entry)
-
-
-def flush(timeout: float | None = None) -> bool:
-    """Send what the global client has queued, now; see Client.flush."""
-    return ChirrOp.flush(timeout)
-
-
-def stop(timeout: float | None = None) -> bool:
-    """Close the global client; see ChirrOp.stop."""
-    return ChirrOp.stop(timeout)
+initialize, log_event, flush, stop = ChirrOp.initialize, ChirrOp.log_event, ChirrOp.flush, ChirrOp.stop
 
 
 # ---- Sandbox --------------------------------------------------------------
@@ -3696,7 +3661,7 @@ class Sandbox:
     def _check(self, index: int, fields: Any) -> _Row:
         _sandbox_need(isinstance(fields, dict), f"log {index}: must be an object")
         try:
-            log = _check_log(fields, self._clock())
+            log: _Row = json.loads(_encode_log(self._clock(), *map(fields.get, _LOG_FIELDS)))
         except ChirrOpValidationError as exc:
             raise _SandboxRefusal(f"log {index}: {exc}", 400) from exc
         poison = any(predicate(_sandbox_copy(log)) for predicate in self._poison)
@@ -4257,8 +4222,8 @@ def _lines(stream: Any) -> Iterator[bytes]:
 
 def _log_of(line: bytes) -> Log:
     fields = _parsed("a log", line)
-    if not isinstance(fields, dict) or set(fields) - {"event", "value", "agent", "log_id", "meta", "occurred_at"}:
-        raise ChirrOpValidationError("a log must be an object of event, value, agent, log_id, meta and occurred_at")
+    if not isinstance(fields, dict) or not fields.keys() <= set(_LOG_FIELDS):
+        raise ChirrOpValidationError(f"a log must be an object of {', '.join(_LOG_FIELDS)}")
     return Log(**{"event": None, "value": None, **fields})
 
 
