@@ -1391,18 +1391,20 @@ def _decoded(body: bytes) -> dict[str, Any]:
 _DELIVERED, _RETRY, _SPLIT, _REFUSED = "delivered", "retry", "split", "refused"
 
 
-def _verdict(status: int) -> str:
-    """Return what an answer to a batch means; status 0 is a network failure.
+def _error_class(status: int) -> type[ChirrOpError]:
+    """Return the class of the error that stands for an answer other than 2xx; status 0 is a network failure."""
+    other = ChirrOpServerError if status >= 500 or status < 200 else ChirrOpNonRetryableError
+    return _ERROR_BY_STATUS.get(status, other)
 
-    A _SPLIT batch of one log is rejected for good.
-    """
+
+def _verdict(status: int) -> str:
+    """Return what an answer to a batch means; a _SPLIT batch of one log is rejected for good."""
     if 200 <= status < 300:
         return _DELIVERED
-    if status in (400, 413, 422):
+    kind = _error_class(status)
+    if kind is ChirrOpBadRequestError:
         return _SPLIT
-    if status in (0, 408, 429) or (status >= 500 and status not in (500, 503)) or 0 < status < 200:
-        return _RETRY
-    return _REFUSED  # 401, 403, 404, 500, 503, a redirect, and any status nobody has told us of
+    return _REFUSED if issubclass(kind, ChirrOpNonRetryableError) else _RETRY
 
 
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
@@ -1482,12 +1484,8 @@ class _Answer:
             import http.client
 
             message = text[:200] or http.client.responses.get(self.status, "no message").lower()
-        kind = _ERROR_BY_STATUS.get(self.status)
-        if kind is None:
-            kind = ChirrOpServerError if self.status >= 500 else ChirrOpNonRetryableError
-        return kind(
-            f"HTTP {self.status}: {message}", status_code=self.status, body=body, retry_after=self.retry_after()
-        )
+        kind, text = _error_class(self.status), f"HTTP {self.status}: {message}"
+        return kind(text, status_code=self.status, body=body, retry_after=self.retry_after())
 
 
 # ---- Outbox ---------------------------------------------------------------
@@ -1591,7 +1589,7 @@ class _Outbox:
         self._dropped: dict[str, int] = {}
         self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
         self.last_error: ChirrOpError | None = None
-        self._waiters: deque[queue.SimpleQueue[None]] = deque()  # callers that wait for room
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # its one item wakes callers that wait for room
         self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
         # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
         # once more and waits, so that between the two no log goes unseen.
@@ -1622,33 +1620,27 @@ class _Outbox:
     def _put_bounded(self, data: bytes, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while True:
-            waiter = self._try_put(data)
-            if waiter is None:
+            room = self._try_put(data)
+            if room is None:
                 return
             try:
-                waiter.get(timeout=max(0.0, deadline - time.monotonic()))
+                room.get(timeout=max(0.0, deadline - time.monotonic()))
+                room.put(None)  # for the next caller that waits
             except queue.Empty:
-                self._forget(waiter)
                 raise ChirrOpQueueFullError(
                     f"queue is full: {self._config.queue_size} logs are waiting to be sent"
                 ) from None
 
     @_locked
     def _try_put(self, data: bytes) -> queue.SimpleQueue[None] | None:
+        """Accept one log if there is room; else return what gets an item when there may be some."""
         held = self.held()
         if held < self._config.queue_size:
             self.buffer.put(data)
             return None
         if self._depth > 1:  # this very thread is inside: no one could make room while it waits
             raise ChirrOpQueueFullError(f"queue is full: {held} logs are waiting to be sent")
-        waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._waiters.append(waiter)
-        return waiter
-
-    @_locked
-    def _forget(self, waiter: queue.SimpleQueue[None]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        return self._room
 
     @_locked
     def _refuse_late(self, data: bytes) -> list[_Drop]:
@@ -1834,8 +1826,8 @@ class _Outbox:
             if over or exhausted:
                 self._flushes.remove(flush)
                 flush.end(flush.clean and over and not self.stopped)
-        while self._waiters:
-            self._waiters.popleft().put(None)
+        self._room.put(None)
+        self._room = queue.SimpleQueue()
 
     @_locked
     def stop(self) -> list[_Drop]:
@@ -2322,13 +2314,10 @@ class _UrllibTransport:
         # The opener has handlers for http and https alone.
         request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
         try:
-            answer = opener.open(request, timeout=timeout)
-            if answer is None:
-                raise ValueError(f"no handler for {request.type} URLs")
-            status, content, fields = answer
+            answer: tuple[int, bytes, Mapping[str, str]] = opener.open(request, timeout=timeout)
         except http.client.HTTPException as exc:
             raise ConnectionError(f"invalid answer: {exc!r:.200}") from exc
-        return status, content, fields
+        return answer
 
     def _build(self) -> Any:
         """Make the opener with the first request: urllib and ssl are imported then, not with this module."""
@@ -3148,13 +3137,12 @@ class _Timer:
     def __init__(self, client: Client, event: str, agent: str | None, meta: dict[str, Any] | None) -> None:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
-        self._client, self._fields = client, {"event": event, "agent": agent}
-        self._meta = dict(meta or {})
+        self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
         self._log(0.0, "success")
         self._starts: list[float] = []
 
     def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(value=round(milliseconds, 3), meta={**self._meta, "result": result}, **self._fields)  # type: ignore[arg-type]
+        return Log(self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result})
 
     def __enter__(self) -> _Timer:
         self._starts.append(time.perf_counter())
@@ -3168,7 +3156,7 @@ class _Timer:
             self._client._sender.report.note_once(_WARNING, f"a timer's log was not accepted: {exc}")
 
     def _again(self) -> _Timer:
-        return _Timer(self._client, self._fields["event"], self._fields["agent"], self._meta)  # type: ignore[arg-type]
+        return _Timer(self._client, self._event, self._agent, self._meta)
 
     def __call__(self, function: _F) -> _F:
         import functools
@@ -3310,12 +3298,7 @@ _SANDBOX_NEEDS = {
     "telegram": ("bot_token", "chat_id"),
     "email": (),
 }
-# Verb -> the status it leads to, the statuses it may start from.
-_SANDBOX_VERBS = {
-    "acknowledge": ("acknowledged", ("triggered",)),
-    "resolve": ("resolved", ("triggered", "acknowledged")),
-    "archive": ("archived", ("triggered", "acknowledged", "resolved")),
-}
+_SANDBOX_VERBS = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
 _SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
 _SANDBOX_CONDITIONS = {
     "gt": float.__gt__,
@@ -3542,10 +3525,8 @@ class Sandbox:
         """
         if drop not in (None, "before", "after"):
             raise ChirrOpValidationError(f"drop must be 'before' or 'after', got {drop!r}")
-        if status is None and retry_after is not None:
-            status = 429
-        if status is None and not drop and not delay:
-            status = 502
+        if status is None and (retry_after is not None or not (drop or delay)):
+            status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
             if body is None:
@@ -3836,8 +3817,9 @@ class Sandbox:
         return [alert for alert in alerts if alert["status"] == status]
 
     def _move_alert(self, path: list[str], *_: Any) -> _Row:
-        alert, (status, starts) = self._find(path), _SANDBOX_VERBS[path[2]]
-        if alert["status"] != status:  # repeating a step changes nothing
+        alert, status = self._find(path), _SANDBOX_VERBS[path[2]]
+        if alert["status"] != status:  # repeating a step changes nothing; no step leads back
+            starts = _ALERT_STATUSES[: _ALERT_STATUSES.index(status)]
             _sandbox_need(alert["status"] in starts, f"cannot {path[2]} an alert that is {alert['status']}", 422)
             alert["status"] = status
             if f"{status}_at" in alert:
@@ -4328,7 +4310,7 @@ def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator
         return
     finally:
         transport.close()
-    error = "" if 200 <= status < 300 else str(_Answer(status, body.replace(key.encode() or b"\0", b"***")).error())
+    error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
     reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
     if name == "logs" and (status < 300 or 400 <= status < 500):
         yield name, True, reached  # it takes POST alone, and no log is sent: this answer tells no more
