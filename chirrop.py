@@ -1732,7 +1732,6 @@ class _Outbox:
             drops = self._split(batch, error)
         if verdict != _RETRY:
             self._failures = 0
-        self._check_lost()
         drops += self.losses()
         self._tell(exhausted=self._failures > self._config.retries)
         return drops
@@ -1779,6 +1778,7 @@ class _Outbox:
     @_locked
     def losses(self) -> list[_Drop]:
         """Return what a damaged spool file took along, for the report."""
+        self._check_lost()
         losses, self._losses = self._losses, []
         return losses
 
@@ -1845,7 +1845,6 @@ class _Outbox:
         self._front, self._flying = [], {}
         self.buffer.close()
         drops += self._sweep()
-        self._check_lost()
         self._tell()
         return drops + self.losses()
 
@@ -1924,11 +1923,13 @@ class _Reporter:
         self.drops(drops, record=False)
         self.write()
 
-    def state(self, verdict: str, error: ChirrOpError | None) -> None:
+    def state(self, answer: _Answer) -> None:
         """Note a change between sending, failing and being refused; not every attempt."""
-        if verdict != _SPLIT and verdict != self._state:
-            if error is not None:
-                self.note(_WARNING, f"logs are {'held, retrying' if verdict == _RETRY else 'refused'}: {error}")
+        verdict = _verdict(answer.status)
+        if verdict not in (_SPLIT, self._state):
+            if verdict != _DELIVERED:
+                what = "held, retrying" if verdict == _RETRY else "refused"
+                self.note(_WARNING, f"logs are {what}: {answer.error()}")
             elif self._state:
                 self.note(_INFO, "logs are accepted again")
             self._state = verdict
@@ -2096,11 +2097,9 @@ class _Sender:
             raise
         finally:
             self._sending.discard(threading.get_ident())
-        verdict = _verdict(answer.status)
         drops = self.outbox.settle(batch, answer, self._clock())
-        self.report.state(verdict, None if verdict == _DELIVERED else self.outbox.last_error)
-        if drops:
-            self.report.drops(drops)
+        self.report.state(answer)
+        self.report.drops(drops)
         if self.outbox.width > len(self._threads) > 0:
             self._spawn()
         if self._waiting:
@@ -2204,7 +2203,7 @@ def _at_exit() -> None:
     """Close all open clients within one deadline; starts no thread, which 3.12 forbids at this point."""
     global _exiting
     _exiting = True
-    if any(sender.pid != os.getpid() for sender in _open_senders):
+    if any(sender.pid != os.getpid() for sender in list(_open_senders)):
         _after_fork()
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
@@ -3291,13 +3290,7 @@ _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
 }
 _SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number", dict: "an object", list: "a list"}
-_SANDBOX_NEEDS = {
-    "slack": ("url",),
-    "discord": ("url",),
-    "webhook": ("url",),
-    "telegram": ("bot_token", "chat_id"),
-    "email": (),
-}
+_SANDBOX_NEEDS = {"telegram": ("bot_token", "chat_id"), "email": ()}  # any other channel: a url
 _SANDBOX_VERBS = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
 _SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
 _SANDBOX_CONDITIONS = {
@@ -3535,16 +3528,10 @@ class Sandbox:
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
+        left = math.inf if times is None else times
         with self._lock:
             self._faults.append(
-                {
-                    "times": math.inf if times is None else times,
-                    "answer": answer,
-                    "drop": drop,
-                    "delay": delay,
-                    "method": method,
-                    "path": path or "",
-                }
+                {"times": left, "answer": answer, "drop": drop, "delay": delay, "method": method, "path": path or ""}
             )
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
@@ -3574,14 +3561,9 @@ class Sandbox:
         from urllib.parse import parse_qsl, urlsplit
 
         parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
         parsed, problem = _sandbox_json(body)
-        request = {
-            "method": method,
-            "path": parts.path,
-            "body": parsed,
-            "status": 0,
-            "query": dict(parse_qsl(parts.query, keep_blank_values=True)),
-        }
+        request = {"method": method, "path": parts.path, "query": query, "body": parsed, "status": 0}
         with self._lock:
             self._requests.append(request)
             for fault in self._faults:
@@ -3594,12 +3576,9 @@ class Sandbox:
     def _answer(self, request: _Row, problem: str, headers: Mapping[str, str]) -> _Reply:
         given = {name.lower(): value for name, value in headers.items()}
         scheme, _, key = given.get("authorization", "").partition(" ")
+        valid = scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key)
         try:
-            _sandbox_need(
-                scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key),
-                "invalid API key",
-                401,
-            )
+            _sandbox_need(valid, "invalid API key", 401)
             with self._lock:
                 return _sandbox_answer(200, self._route(request, problem))
         except _SandboxRefusal as exc:
@@ -3699,22 +3678,18 @@ class Sandbox:
 
     def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
         now = destination["last_delivered_at"] = _iso(self._now())
-        self._attempts.append(
-            (
-                kind,
-                {
-                    "attempt_id": _sandbox_id(),
-                    "alert_id": alert_id,
-                    "destination_id": destination["destination_id"],
-                    "channel": destination["channel"],
-                    "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
-                    "status": "sent",
-                    "response_status": 200,
-                    "error_message": None,
-                    "created_at": now,
-                },
-            )
-        )
+        attempt = {
+            "attempt_id": _sandbox_id(),
+            "alert_id": alert_id,
+            "destination_id": destination["destination_id"],
+            "channel": destination["channel"],
+            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+            "status": "sent",
+            "response_status": 200,
+            "error_message": None,
+            "created_at": now,
+        }
+        self._attempts.append((kind, attempt))
 
     def _find(self, path: list[str], *_: Any) -> _Row:
         record = self._stores[path[0]].get(path[1], {})
@@ -3737,19 +3712,13 @@ class Sandbox:
         agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
         _sandbox_need(event, "event must not be blank")
         _sandbox_zone(fields["timezone"])
-        _sandbox_need(
-            self._named.get((agent, event), record) is record, "this agent and event have a definition already", 422
-        )
+        taken = self._named.get((agent, event), record) is not record
+        _sandbox_need(not taken, "this agent and event have a definition already", 422)
         self._named.pop((record.get("agent", agent), event), None)
         self._named[agent, event] = record
         token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
-        fields.update(
-            agent=agent,
-            event=event,
-            share_token=token,
-            user_id=_SANDBOX_USER,
-            created_at=record.get("created_at", _iso(self._now())),
-        )
+        created = record.get("created_at", _iso(self._now()))
+        fields.update(agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created)
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
         fields["event_id"] = _sandbox_id(fields["event_id"])
@@ -3757,36 +3726,26 @@ class Sandbox:
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
         channel, url, credentials = fields["channel"], fields["url"], fields["credentials"]
-        for name in _SANDBOX_NEEDS[channel]:
+        for name in _SANDBOX_NEEDS.get(channel, ("url",)):
             given = url if name == "url" else credentials.get(name)
             _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
         scheme, _, rest = url.partition("://")
-        _sandbox_need(
-            not url or (scheme in ("http", "https") and rest.partition("/")[0]), "url must be an absolute http(s) URL"
-        )
+        absolute = scheme in ("http", "https") and rest.partition("/")[0]
+        _sandbox_need(absolute or not url, "url must be an absolute http(s) URL")
         _sandbox_need(all(type(item) in (str, int) for item in credentials.values()), "credentials must be strings")
         fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
-        _sandbox_need(
-            set(fields["policy_ids"]) <= set(self._stores["policies"]), "policy_ids names an unknown policy", 422
-        )
+        known = self._stores["policies"].keys() >= set(fields["policy_ids"])
+        _sandbox_need(known, "policy_ids names an unknown policy", 422)
         now = _iso(self._now())
-        fields.update(
-            created_at=record.get("created_at", now),
-            updated_at=now,
-            last_delivered_at=record.get("last_delivered_at"),
-            last_error=None,
-        )
+        created, delivered = record.get("created_at", now), record.get("last_delivered_at")
+        fields.update(created_at=created, updated_at=now, last_delivered_at=delivered, last_error=None)
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
-        return _sandbox_page(
-            [
-                {**same, "period": period, "occurred_at": _iso(start), **bucket}
-                for start, bucket in sorted(self._buckets(event, period).items())
-            ],
-            query,
-        )
+        buckets = sorted(self._buckets(event, period).items())
+        rollups = [{**same, "period": period, "occurred_at": _iso(start), **bucket} for start, bucket in buckets]
+        return _sandbox_page(rollups, query)
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
         event_id = self._find(path)["event_id"]
@@ -3801,13 +3760,8 @@ class Sandbox:
             for name, end in (("current", now), ("previous", now - shift)):
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
-        return {
-            "event_id": event_id,
-            "view": view,
-            "period": period,
-            "previous": previous,
-            "data": _sandbox_compare(windows) if windows else None,
-        }
+        data = _sandbox_compare(windows) if windows else None
+        return {"event_id": event_id, "view": view, "period": period, "previous": previous, "data": data}
 
     def _list_alerts(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         alerts = self._list(path)
