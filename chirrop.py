@@ -33,7 +33,6 @@ import io
 import json
 import math
 import os
-import queue
 import sys
 import threading
 import time
@@ -1551,16 +1550,37 @@ class _Batch:
         ]
 
 
+class _Bell:
+    """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
+
+    A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever before
+    Python 3.13 when its time is over before it has begun to wait.
+    """
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        try:
+            self._silent.release()
+        except RuntimeError:  # it has been rung already
+            pass
+
+    def wait(self, timeout: float | None) -> bool:
+        return self._silent.acquire(timeout=-1 if timeout is None else timeout)
+
+
 class _Flush:
-    """A caller that waits for every log before `mark`; `result` gets True or False once."""
+    """A caller that waits for every log before `mark`."""
 
     def __init__(self, mark: int) -> None:
         self.mark, self.clean, self.done = mark, True, False
-        self.result: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.bell = _Bell()
 
     def end(self, clean: bool) -> None:
         self.clean, self.done = clean, True
-        self.result.put(clean)
+        self.bell.ring()
 
 
 _Drop = namedtuple("_Drop", "reason count items error")  # items: none where nobody can read them any more
@@ -1589,7 +1609,7 @@ class _Outbox:
         self._dropped: dict[str, int] = {}
         self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
         self.last_error: ChirrOpError | None = None
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # its one item wakes callers that wait for room
+        self._room = _Bell()  # rung and replaced when there may be room
         self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
         # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
         # once more and waits, so that between the two no log goes unseen.
@@ -1623,17 +1643,13 @@ class _Outbox:
             room = self._try_put(data)
             if room is None:
                 return
-            try:
-                room.get(timeout=max(0.0, deadline - time.monotonic()))
-                room.put(None)  # for the next caller that waits
-            except queue.Empty:
-                raise ChirrOpQueueFullError(
-                    f"queue is full: {self._config.queue_size} logs are waiting to be sent"
-                ) from None
+            if not room.wait(max(0.0, deadline - time.monotonic())):
+                raise ChirrOpQueueFullError(f"queue is full: {self._config.queue_size} logs are waiting to be sent")
+            room.ring()  # for the next caller that waits
 
     @_locked
-    def _try_put(self, data: bytes) -> queue.SimpleQueue[None] | None:
-        """Accept one log if there is room; else return what gets an item when there may be some."""
+    def _try_put(self, data: bytes) -> _Bell | None:
+        """Accept one log if there is room; else return the bell that rings when there may be some."""
         held = self.held()
         if held < self._config.queue_size:
             self.buffer.put(data)
@@ -1826,8 +1842,8 @@ class _Outbox:
             if over or exhausted:
                 self._flushes.remove(flush)
                 flush.end(flush.clean and over and not self.stopped)
-        self._room.put(None)
-        self._room = queue.SimpleQueue()
+        self._room.ring()
+        self._room = _Bell()
 
     @_locked
     def stop(self) -> list[_Drop]:
@@ -1995,7 +2011,7 @@ class _Sender:
         self._lock = threading.RLock()  # guards _threads
         self._threads: list[threading.Thread] = []
         self._lead = threading.Lock()  # held by the one thread that waits for work; the others queue for it
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the leader; its put is re-entrant
+        self._bell = _Bell()  # wakes the leader
         self._waiting = False  # the leader waits for the bell, or is about to look a last time
         self._inside: set[int] = set()  # threads in which flush and close must not wait for themselves
         self._sending: set[int] = set()  # those of them that are in a request now
@@ -2017,7 +2033,7 @@ class _Sender:
             return
         self.abandoned = True
         if self._threads:
-            self._bell.put(None)
+            self._bell.ring()
         elif not len(self.outbox.buffer) and not self.outbox.buffer.is_open():
             self._link.close()
             _open_senders.discard(self)
@@ -2028,7 +2044,7 @@ class _Sender:
         """Wake the leader, or start the first thread."""
         if self._waiting:
             self._waiting = False
-            self._bell.put(None)
+            self._bell.ring()
         if not self._alive():
             self._spawn()
 
@@ -2079,10 +2095,7 @@ class _Sender:
             self._waiting = True
             wait = self.outbox.arm(self._clock())
             if wait != 0.0:
-                try:
-                    self._bell.get(timeout=wait)
-                except queue.Empty:
-                    pass
+                self._bell.wait(wait)
             self._waiting = False
         return None
 
@@ -2154,10 +2167,7 @@ class _Sender:
                     continue
                 due = self.outbox.arm(now)
                 pause = min(left, 1.0 if due is None else due)
-            try:
-                flush.result.get(timeout=pause)
-            except queue.Empty:
-                pass
+            flush.bell.wait(pause)
 
     def hurry(self) -> None:
         """Take no more logs, and send what is held without waiting."""
@@ -2179,8 +2189,7 @@ class _Sender:
 
     def _shut(self) -> None:
         self.report.drops(self.outbox.stop())
-        for _ in self._threads:
-            self._bell.put(None)
+        self._bell.ring()  # for the leader; the others see that the outbox is stopped
         inside = threading.get_ident() in self._inside
         for thread in [] if inside else self._threads:
             if thread.ident not in self._sending:  # idle: ends at once. One in a request ends after it
