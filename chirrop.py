@@ -2346,6 +2346,7 @@ class _UrllibTransport:
                 opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
                 opener.add_handler(urllib.request.ProxyHandler())
                 opener.add_handler(Handler())
+                opener.add_handler(urllib.request.UnknownHandler())  # refuses all but http and https
                 self._opener = opener
         return self._opener
 
