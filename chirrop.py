@@ -16,7 +16,7 @@ Outside itself this file touches, each in the one place named:
     threads   _Sender, daemon, started by the first log
     disk      SqliteSpool, when one is configured; ./.env is read for the key
     environ   Config (CHIRROP_*); urllib's and OpenSSL's own variables; the command line's NO_COLOR and COLUMNS
-    exit      one atexit hook and one after-fork hook, installed with the first Client
+    exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 
 Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
@@ -33,7 +33,6 @@ import io
 import json
 import math
 import os
-import queue
 import sys
 import threading
 import time
@@ -364,6 +363,7 @@ try:
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
+_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
 _minted = _NOT_MINTED  # (second, process, ISO text, random hex not used yet); replaced as a whole, never edited
@@ -499,7 +499,7 @@ def _encode_meta(meta: object) -> str:
 
 
 def _encode_log(
-    event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object, now: float
+    now: float, event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object
 ) -> bytes:
     """Return the wire form of one log; every rule of the service is checked here.
 
@@ -535,14 +535,6 @@ def _encode_log(
         raise
 
 
-def _check_log(fields: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Return a log as the wire carries it, checked and with its defaults filled in, as a new dict."""
-    get = fields.get
-    body = _encode_log(get("event"), get("value"), get("agent"), get("log_id"), get("meta"), get("occurred_at"), now)
-    log: dict[str, Any] = json.loads(body)
-    return log
-
-
 class Log:
     """One event, checked and encoded when it is made, and unchangeable from then on.
 
@@ -576,7 +568,7 @@ class Log:
         meta: object = None,
         occurred_at: datetime | str | None = None,
     ) -> None:
-        _set_body(self, _encode_log(event, value, agent, log_id, meta, occurred_at, time.time()))
+        _set_body(self, _encode_log(time.time(), event, value, agent, log_id, meta, occurred_at))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the log as it is sent, as a new dict; `agent` and `meta` only if they were given."""
@@ -584,7 +576,7 @@ class Log:
         return log
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("event", "value", "agent", "log_id", "meta", "occurred_at"):
+        if name in _LOG_FIELDS:
             return self.to_dict().get(name)
         raise AttributeError(f"'Log' object has no attribute {name!r}")
 
@@ -883,37 +875,20 @@ class _Memory(deque):  # type: ignore[type-arg]
         items = [self.popleft() for _ in range(min(limit, len(self)))]  # only ever called by one thread
         return [], items
 
-    def adopt(self) -> None:
-        pass
+    def adopt(self, *_: object) -> bool:
+        return False  # nothing to do, nothing that outlives the process, and no lock to be inside of
 
-    def remove(self, keys: list[Any]) -> None:
-        pass
-
-    def bury(self, keys: list[Any], message: str) -> None:
-        pass
-
-    def park(self, keys: list[Any]) -> bool:
-        return False
-
-    give_back = park
-
-    def close(self) -> None:
-        pass
-
-    def entered(self) -> bool:
-        return False
-
-    is_open = entered
-    before_fork = after_fork_in_parent = close
+    bury = park = give_back = close = entered = is_open = before_fork = after_fork_in_parent = adopt
+    remove = adopt  # type: ignore[assignment]
     after_fork = deque.clear
 
 
 # Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
 # client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
 _OWNER_BITS = 36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
-_QUEUED, _PARKED, _DEAD = 0, 1, 2
 _SPOOL_VERSION = 1
 _SQL_TABLES = (
+    # state: 0 queued, 1 parked, 2 dead letter, which alone has an error
     "CREATE TABLE IF NOT EXISTS logs"
     " (id INTEGER PRIMARY KEY, body BLOB NOT NULL, state INTEGER NOT NULL DEFAULT 0, error TEXT)",
     # holder: whose lock file shows that it lives; NULL after a close. AUTOINCREMENT: a number is never reused.
@@ -923,13 +898,7 @@ _SQL_TABLES = (
 _SQL_INSERT = "INSERT INTO logs (id, body) VALUES (?, ?)"
 _SQL_TAKE = "SELECT id, body FROM logs WHERE id > ? AND id < ? AND state = 0 ORDER BY id LIMIT ?"
 _SQL_COUNT = "SELECT count(*) FROM logs WHERE id > ? AND id < ? AND state = 0"
-_SQL_REMOVE = "DELETE FROM logs WHERE id = ?"
-_SQL_STATE = "UPDATE logs SET state = ?, error = ? WHERE id = ?"
 _SQL_UNPARK = "UPDATE logs SET state = 0 WHERE id > ? AND id < ? AND state = 1"
-_SQL_DEAD = "SELECT body, error FROM logs WHERE state = 2 ORDER BY id"
-_SQL_OWNERS = "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id"
-_SQL_ADOPT = "UPDATE owners SET holder = ? WHERE id = ?"
-_SQL_RELEASE = "UPDATE owners SET holder = NULL WHERE holder = ?"
 _SQL_FORGET = (
     "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"  # noqa: S608  # made of constants
     f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
@@ -1044,7 +1013,7 @@ class SqliteSpool:
             conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
             try:
                 conn.execute("BEGIN IMMEDIATE" if remove else "BEGIN")
-                rows = conn.execute(_SQL_DEAD).fetchall()
+                rows = conn.execute("SELECT body, error FROM logs WHERE state = 2 ORDER BY id").fetchall()
                 if remove:
                     conn.execute("DELETE FROM logs WHERE state = 2")
                 conn.execute("COMMIT")
@@ -1072,7 +1041,7 @@ class SqliteSpool:
         if rows:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
-            if self._usable() and self._may_write():
+            if self._may_write():
                 return [], []  # what is in the inbox now will be committed by the thread that put it there
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
@@ -1087,29 +1056,29 @@ class SqliteSpool:
 
     def remove(self, keys: list[Any]) -> None:
         """Forget delivered logs."""
-        self._change(keys, lambda conn, ids: conn.executemany(_SQL_REMOVE, [(i,) for i in ids]))
+        self._change(keys, "DELETE FROM logs WHERE id = ?")
 
     def bury(self, keys: list[Any], message: str) -> None:
         """Keep dropped logs as dead letters."""
-        self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_DEAD, message, i) for i in ids]))
+        self._change(keys, "UPDATE logs SET state = 2, error = ? WHERE id = ?", message)
 
     def park(self, keys: list[Any]) -> bool:
         """Keep refused logs for a later run."""
         # Where this write fails, the row is still queued in the file: a later run finds it all the same.
-        return self._change(keys, lambda conn, ids: conn.executemany(_SQL_STATE, [(_PARKED, None, i) for i in ids]))
+        return self._change(keys, "UPDATE logs SET state = 1 WHERE id = ?")
 
     def give_back(self, keys: list[Any]) -> bool:
         """Let logs that were taken wait again."""
-        ours = self._change(keys, lambda conn, ids: None)  # the rows are still queued in the file
+        ours = self._change(keys, "UPDATE logs SET state = 0 WHERE id = ?")
         self._stored += len(keys) if ours else 0
         return ours
 
-    def _change(self, keys: list[Any], work: Callable[..., Any]) -> bool:
-        """Run work(connection, row ids); False when the rows are not in this file (any more)."""
-        ids = [row for generation, row in keys if generation == self._generation]
-        if ids:
-            self._transact(work, ids)
-        return bool(ids) and keys[0][0] == self._generation  # unless `work` found the file damaged
+    def _change(self, keys: list[Any], sql: str, *values: object) -> bool:
+        """Run a statement for each row; False when the rows are not in this file (any more)."""
+        rows = [(*values, row) for generation, row in keys if generation == self._generation]
+        if rows:
+            self._transact(lambda conn: conn.executemany(sql, rows))
+        return bool(rows) and keys[0][0] == self._generation  # unless the file turned out to be damaged
 
     def close(self) -> None:
         """Leave what waits to the next client on this file, and close it."""
@@ -1192,46 +1161,48 @@ class SqliteSpool:
         return self._conn is not None
 
     def _may_write(self) -> bool:
-        return time.monotonic() >= self._retry_at
+        return self._usable() and time.monotonic() >= self._retry_at
 
     def _transact(self, work: Callable[..., Any], *args: Any) -> Any:
         """Return work(connection, *args), done in one transaction; None when the file cannot be used."""
         with self._lock:
             if self._inside or not self._usable():
                 return None
-            self._inside = True
-            try:
+
+            def whole() -> Any:
                 self._conn.execute("BEGIN IMMEDIATE")
                 result = work(self._conn, *args)
                 self._conn.execute("COMMIT")
-            except Exception as exc:
-                result = None
-                self._degrade(exc)
-            except BaseException:  # Ctrl-C, or a signal handler that raises
-                self._roll_back()
-                raise
-            finally:
-                self._inside = False
+                return result
+
+            result = self._attempt(whole)
             self._commit()  # what a finaliser or signal handler has logged meanwhile
             return result
 
     def _commit(self) -> None:
         """Write the inbox to the file, unless this very thread is inside already and will do so."""
         with self._lock:
-            while self._inbox and not self._inside and not self._closed and self._usable() and self._may_write():
-                self._inside = True
-                try:
-                    self._insert(self._conn)
-                except Exception as exc:
-                    self._degrade(exc)
+            while self._inbox and not self._inside and not self._closed and self._may_write():
+                if not self._attempt(self._insert):
                     return
-                except BaseException:
-                    self._roll_back()
-                    raise
-                finally:
-                    self._inside = False
 
-    def _insert(self, conn: Any) -> None:
+    def _attempt(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` does with the file; None when it fails, which is then dealt with."""
+        self._inside = True
+        try:
+            return work()
+        except Exception as exc:
+            self._degrade(exc)
+        except BaseException:  # Ctrl-C, or a signal handler that raises
+            self._roll_back()
+            raise
+        finally:
+            self._inside = False
+        return None
+
+    def _insert(self) -> bool:
+        """Write what is in the inbox now, in one transaction."""
+        conn = self._conn
         rows = []
         for _ in range(len(self._inbox)):
             self._last_id += 1
@@ -1244,6 +1215,7 @@ class SqliteSpool:
                 conn.executemany(_SQL_INSERT, rows)
                 conn.execute("COMMIT")
             self._stored += len(rows)
+            return True
         except BaseException:
             self._inbox.extendleft(body for _, body in reversed(rows))
             raise
@@ -1319,13 +1291,14 @@ class SqliteSpool:
         Returns the ranges of ids, with the number of logs that wait in each; they count once this is committed.
         """
         taken = []
-        for owner, holder in conn.execute(_SQL_OWNERS, (self._holder,)).fetchall():
+        others = conn.execute("SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id", (self._holder,))
+        for owner, holder in others.fetchall():
             if not (opening if holder is None else self._is_dead(holder)):
                 continue
             span = [owner << _OWNER_BITS, (owner + 1) << _OWNER_BITS]
             if opening:
                 conn.execute(_SQL_UNPARK, span)
-            conn.execute(_SQL_ADOPT, (self._holder, owner))
+            conn.execute("UPDATE owners SET holder = ? WHERE id = ?", (self._holder, owner))
             taken.append((span, conn.execute(_SQL_COUNT, span).fetchone()[0]))
         return taken
 
@@ -1347,7 +1320,7 @@ class SqliteSpool:
         os.close(fd)
 
     def _release(self, conn: Any) -> None:
-        conn.execute(_SQL_RELEASE, (self._holder,))
+        conn.execute("UPDATE owners SET holder = NULL WHERE holder = ?", (self._holder,))
         conn.execute(_SQL_FORGET)
 
     def _drop_connection(self) -> None:
@@ -1416,18 +1389,20 @@ def _decoded(body: bytes) -> dict[str, Any]:
 _DELIVERED, _RETRY, _SPLIT, _REFUSED = "delivered", "retry", "split", "refused"
 
 
-def _verdict(status: int) -> str:
-    """Return what an answer to a batch means; status 0 is a network failure.
+def _error_class(status: int) -> type[ChirrOpError]:
+    """Return the class of the error that stands for an answer other than 2xx; status 0 is a network failure."""
+    other = ChirrOpServerError if status >= 500 or status < 200 else ChirrOpNonRetryableError
+    return _ERROR_BY_STATUS.get(status, other)
 
-    A _SPLIT batch of one log is rejected for good.
-    """
+
+def _verdict(status: int) -> str:
+    """Return what an answer to a batch means; a _SPLIT batch of one log is rejected for good."""
     if 200 <= status < 300:
         return _DELIVERED
-    if status in (400, 413, 422):
+    kind = _error_class(status)
+    if kind is ChirrOpBadRequestError:
         return _SPLIT
-    if status in (0, 408, 429) or (status >= 500 and status not in (500, 503)) or 0 < status < 200:
-        return _RETRY
-    return _REFUSED  # 401, 403, 404, 500, 503, a redirect, and any status nobody has told us of
+    return _REFUSED if issubclass(kind, ChirrOpNonRetryableError) else _RETRY
 
 
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
@@ -1504,22 +1479,11 @@ class _Answer:
         if 300 <= self.status < 400:
             message = "redirects are not followed; check the endpoint"
         if not isinstance(message, str):
-            message = text[:200] or _phrase(self.status)
-        kind = _ERROR_BY_STATUS.get(self.status)
-        if kind is None:
-            kind = ChirrOpServerError if self.status >= 500 else ChirrOpNonRetryableError
-        return kind(
-            f"HTTP {self.status}: {message}", status_code=self.status, body=body, retry_after=self.retry_after()
-        )
+            import http.client
 
-
-def _phrase(status: int) -> str:
-    import http
-
-    try:
-        return http.HTTPStatus(status).phrase.lower()
-    except ValueError:
-        return "no message"
+            message = text[:200] or http.client.responses.get(self.status, "no message").lower()
+        kind, text = _error_class(self.status), f"HTTP {self.status}: {message}"
+        return kind(text, status_code=self.status, body=body, retry_after=self.retry_after())
 
 
 # ---- Outbox ---------------------------------------------------------------
@@ -1585,19 +1549,40 @@ class _Batch:
         ]
 
 
+class _Bell:
+    """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
+
+    A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever before
+    Python 3.13 when its time is over before it has begun to wait.
+    """
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        try:
+            self._silent.release()
+        except RuntimeError:  # it has been rung already
+            pass
+
+    def wait(self, timeout: float | None) -> bool:
+        return self._silent.acquire(timeout=-1 if timeout is None else timeout)
+
+
 class _Flush:
-    """A caller that waits for every log before `mark`; `result` gets True or False once."""
+    """A caller that waits for every log before `mark`."""
 
     def __init__(self, mark: int) -> None:
         self.mark, self.clean, self.done = mark, True, False
-        self.result: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.bell = _Bell()
 
     def end(self, clean: bool) -> None:
         self.clean, self.done = clean, True
-        self.result.put(clean)
+        self.bell.ring()
 
 
-_Drop = namedtuple("_Drop", "reason items error")
+_Drop = namedtuple("_Drop", "reason count items error")  # items: none where nobody can read them any more
 
 
 class _Outbox:
@@ -1618,12 +1603,12 @@ class _Outbox:
         self._resume_at = 0.0  # end of the backoff
         self._failures = 0  # failures in a row, over all batches; concurrent ones count once
         self.width = 1  # requests that may be in flight at once
-        self._taken = self._settled = 0  # logs that have left the buffer, and those of them with a fate
+        self._taken = 0  # logs that have left the buffer
         self._direct = self._delivered = self._parked = self._retries = 0
         self._dropped: dict[str, int] = {}
         self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
         self.last_error: ChirrOpError | None = None
-        self._waiters: deque[queue.SimpleQueue[None]] = deque()  # callers that wait for room
+        self._room = _Bell()  # rung and replaced when there may be room
         self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
         # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
         # once more and waits, so that between the two no log goes unseen.
@@ -1654,38 +1639,28 @@ class _Outbox:
     def _put_bounded(self, data: bytes, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while True:
-            waiter = self._try_put(data)
-            if waiter is None:
+            room = self._try_put(data)
+            if room is None:
                 return
-            try:
-                waiter.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                self._forget(waiter)
-                raise ChirrOpQueueFullError(
-                    f"queue is full: {self._config.queue_size} logs are waiting to be sent"
-                ) from None
+            if not room.wait(max(0.0, deadline - time.monotonic())):
+                raise ChirrOpQueueFullError(f"queue is full: {self._config.queue_size} logs are waiting to be sent")
+            room.ring()  # for the next caller that waits
 
     @_locked
-    def _try_put(self, data: bytes) -> queue.SimpleQueue[None] | None:
+    def _try_put(self, data: bytes) -> _Bell | None:
+        """Accept one log if there is room; else return the bell that rings when there may be some."""
         held = self.held()
         if held < self._config.queue_size:
             self.buffer.put(data)
             return None
         if self._depth > 1:  # this very thread is inside: no one could make room while it waits
             raise ChirrOpQueueFullError(f"queue is full: {held} logs are waiting to be sent")
-        waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._waiters.append(waiter)
-        return waiter
-
-    @_locked
-    def _forget(self, waiter: queue.SimpleQueue[None]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        return self._room
 
     @_locked
     def _refuse_late(self, data: bytes) -> list[_Drop]:
         self._direct += 1
-        return self._lose("closed", [data], ChirrOpError("logged after close"))
+        return self._lose("closed", 1, [data], ChirrOpError("logged after close"))
 
     @_locked
     def count_direct(self, count: int) -> None:
@@ -1762,7 +1737,6 @@ class _Outbox:
         if error is None:
             self.buffer.remove(batch.keys)
             self._delivered += len(batch.items)
-            self._settled += len(batch.items)
             if len(self.buffer) >= MAX_BATCH:
                 self.width = min(self.width + 1, self._config.max_senders)
         elif verdict == _RETRY:
@@ -1773,7 +1747,6 @@ class _Outbox:
             drops = self._split(batch, error)
         if verdict != _RETRY:
             self._failures = 0
-        self._check_lost()
         drops += self.losses()
         self._tell(exhausted=self._failures > self._config.retries)
         return drops
@@ -1796,7 +1769,6 @@ class _Outbox:
         if not self.buffer.park(batch.keys):
             return self._drop(batch, "refused", error)
         self._parked += len(batch.items)
-        self._settled += len(batch.items)
         self._blemish(batch)
         return []
 
@@ -1811,32 +1783,29 @@ class _Outbox:
 
     def _drop(self, batch: _Batch, reason: str, error: ChirrOpError) -> list[_Drop]:
         self.buffer.bury(batch.keys, str(error))
-        self._settled += len(batch.items)
         self._blemish(batch)
-        return self._lose(reason, batch.items, error)
+        return self._lose(reason, len(batch.items), batch.items, error)
 
-    def _lose(self, reason: str, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
-        self._dropped[reason] = self._dropped.get(reason, 0) + len(items)
-        return [_Drop(reason, items, error)]
+    def _lose(self, reason: str, count: int, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
+        self._dropped[reason] = self._dropped.get(reason, 0) + count
+        return [_Drop(reason, count, items, error)]
 
     @_locked
     def losses(self) -> list[_Drop]:
         """Return what a damaged spool file took along, for the report."""
+        self._check_lost()
         losses, self._losses = self._losses, []
         return losses
 
     def _check_lost(self) -> None:
         """Account for logs that a damaged spool file took along; nobody can read them any more."""
         lost, self.buffer.lost = self.buffer.lost, 0
-        if not lost:
-            return
-        self._taken += lost
-        self._settled += lost
-        self._dropped["damaged"] = self._dropped.get("damaged", 0) + lost
-        for flush in self._flushes:
-            flush.clean = False
-        self._losses.append(_Drop("damaged", [], ChirrOpError(f"{lost} logs are in a damaged spool file")))
-        self._tell()
+        if lost:
+            self._taken += lost
+            for flush in self._flushes:
+                flush.clean = False
+            self._losses += self._lose("damaged", lost, [], ChirrOpError("they are in a damaged spool file"))
+            self._tell()
 
     # Flush and close.
 
@@ -1872,8 +1841,8 @@ class _Outbox:
             if over or exhausted:
                 self._flushes.remove(flush)
                 flush.end(flush.clean and over and not self.stopped)
-        while self._waiters:
-            self._waiters.popleft().put(None)
+        self._room.ring()
+        self._room = _Bell()
 
     @_locked
     def stop(self) -> list[_Drop]:
@@ -1891,7 +1860,6 @@ class _Outbox:
         self._front, self._flying = [], {}
         self.buffer.close()
         drops += self._sweep()
-        self._check_lost()
         self._tell()
         return drops + self.losses()
 
@@ -1900,17 +1868,12 @@ class _Outbox:
         """Drop what waits in memory after the end."""
         _, items = self.buffer.take(sys.maxsize)
         self._taken += len(items)
-        self._settled += len(items)
-        return self._lose("closed", items, ChirrOpError("not sent before close")) if items else []
+        return self._lose("closed", len(items), items, ChirrOpError("not sent before close")) if items else []
 
     @_locked
     def held(self) -> int:
         """Return the number of logs that may still be delivered by this client."""
-        return len(self.buffer) + self._taken - self._settled
-
-    @_locked
-    def flushing(self) -> bool:
-        return bool(self._flushes)
+        return len(self.buffer) + sum(len(batch.items) for batch in (*self._front, *self._flying))
 
     @_locked
     def stats(self) -> Stats:
@@ -1956,7 +1919,7 @@ class _Reporter:
     def drops(self, drops: list[_Drop], record: bool = True) -> None:
         for drop in drops:
             if record:
-                self._drops.append(_Drop(drop.reason, len(drop.items), drop.error))
+                self._drops.append(drop._replace(items=()))
             if self._on_drop is None or getattr(_reporting, "in_on_drop", False):
                 continue  # dropped by what on_drop itself does: counted and logged only
             _reporting.in_on_drop = True
@@ -1975,11 +1938,13 @@ class _Reporter:
         self.drops(drops, record=False)
         self.write()
 
-    def state(self, verdict: str, error: ChirrOpError | None) -> None:
+    def state(self, answer: _Answer) -> None:
         """Note a change between sending, failing and being refused; not every attempt."""
-        if verdict != _SPLIT and verdict != self._state:
-            if error is not None:
-                self.note(_WARNING, f"logs are {'held, retrying' if verdict == _RETRY else 'refused'}: {error}")
+        verdict = _verdict(answer.status)
+        if verdict not in (_SPLIT, self._state):
+            if verdict != _DELIVERED:
+                what = "held, retrying" if verdict == _RETRY else "refused"
+                self.note(_WARNING, f"logs are {what}: {answer.error()}")
             elif self._state:
                 self.note(_INFO, "logs are accepted again")
             self._state = verdict
@@ -2023,7 +1988,7 @@ class _Reporter:
     def _added_up(self) -> dict[str, tuple[int, ChirrOpError]]:
         totals: dict[str, tuple[int, ChirrOpError]] = {}
         while self._drops:
-            reason, count, error = self._drops.popleft()
+            reason, count, _, error = self._drops.popleft()
             totals[reason] = (totals.get(reason, (0, error))[0] + count, error)
         return totals
 
@@ -2045,7 +2010,7 @@ class _Sender:
         self._lock = threading.RLock()  # guards _threads
         self._threads: list[threading.Thread] = []
         self._lead = threading.Lock()  # held by the one thread that waits for work; the others queue for it
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the leader; its put is re-entrant
+        self._bell = _Bell()  # wakes the leader
         self._waiting = False  # the leader waits for the bell, or is about to look a last time
         self._inside: set[int] = set()  # threads in which flush and close must not wait for themselves
         self._sending: set[int] = set()  # those of them that are in a request now
@@ -2067,7 +2032,7 @@ class _Sender:
             return
         self.abandoned = True
         if self._threads:
-            self._bell.put(None)
+            self._bell.ring()
         elif not len(self.outbox.buffer) and not self.outbox.buffer.is_open():
             self._link.close()
             _open_senders.discard(self)
@@ -2078,7 +2043,7 @@ class _Sender:
         """Wake the leader, or start the first thread."""
         if self._waiting:
             self._waiting = False
-            self._bell.put(None)
+            self._bell.ring()
         if not self._alive():
             self._spawn()
 
@@ -2129,10 +2094,7 @@ class _Sender:
             self._waiting = True
             wait = self.outbox.arm(self._clock())
             if wait != 0.0:
-                try:
-                    self._bell.get(timeout=wait)
-                except queue.Empty:
-                    pass
+                self._bell.wait(wait)
             self._waiting = False
         return None
 
@@ -2147,11 +2109,9 @@ class _Sender:
             raise
         finally:
             self._sending.discard(threading.get_ident())
-        verdict = _verdict(answer.status)
         drops = self.outbox.settle(batch, answer, self._clock())
-        self.report.state(verdict, None if verdict == _DELIVERED else self.outbox.last_error)
-        if drops:
-            self.report.drops(drops)
+        self.report.state(answer)
+        self.report.drops(drops)
         if self.outbox.width > len(self._threads) > 0:
             self._spawn()
         if self._waiting:
@@ -2206,10 +2166,7 @@ class _Sender:
                     continue
                 due = self.outbox.arm(now)
                 pause = min(left, 1.0 if due is None else due)
-            try:
-                flush.result.get(timeout=pause)
-            except queue.Empty:
-                pass
+            flush.bell.wait(pause)
 
     def hurry(self) -> None:
         """Take no more logs, and send what is held without waiting."""
@@ -2231,8 +2188,7 @@ class _Sender:
 
     def _shut(self) -> None:
         self.report.drops(self.outbox.stop())
-        for _ in self._threads:
-            self._bell.put(None)
+        self._bell.ring()  # for the leader; the others see that the outbox is stopped
         inside = threading.get_ident() in self._inside
         for thread in [] if inside else self._threads:
             if thread.ident not in self._sending:  # idle: ends at once. One in a request ends after it
@@ -2255,7 +2211,7 @@ def _at_exit() -> None:
     """Close all open clients within one deadline; starts no thread, which 3.12 forbids at this point."""
     global _exiting
     _exiting = True
-    if any(sender.pid != os.getpid() for sender in _open_senders):
+    if any(sender.pid != os.getpid() for sender in list(_open_senders)):
         _after_fork()
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
@@ -2365,13 +2321,10 @@ class _UrllibTransport:
         # The opener has handlers for http and https alone.
         request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
         try:
-            answer = opener.open(request, timeout=timeout)
-            if answer is None:
-                raise ValueError(f"no handler for {request.type} URLs")
-            status, content, fields = answer
+            answer: tuple[int, bytes, Mapping[str, str]] = opener.open(request, timeout=timeout)
         except http.client.HTTPException as exc:
             raise ConnectionError(f"invalid answer: {exc!r:.200}") from exc
-        return status, content, fields
+        return answer
 
     def _build(self) -> Any:
         """Make the opener with the first request: urllib and ssl are imported then, not with this module."""
@@ -2392,6 +2345,7 @@ class _UrllibTransport:
                 opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
                 opener.add_handler(urllib.request.ProxyHandler())
                 opener.add_handler(Handler())
+                opener.add_handler(urllib.request.UnknownHandler())  # refuses all but http and https
                 self._opener = opener
         return self._opener
 
@@ -2468,14 +2422,11 @@ class _UrllibTransport:
 
     @staticmethod
     def _read(response: Any) -> bytes:
-        parts: list[bytes] = []
-        size = response.length or 0
-        while size <= MAX_ANSWER_BYTES:
-            part = response.read() if response.length is not None else response.read(65536)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-            size = sum(map(len, parts))
+        if (response.length or 0) <= MAX_ANSWER_BYTES:
+            # Of a given length without a limit, because read() alone notices that some of it is missing.
+            body: bytes = response.read() if response.length is not None else response.read(MAX_ANSWER_BYTES + 1)
+            if len(body) <= MAX_ANSWER_BYTES:
+                return body
         raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
 
     def _connect(self, request: Any, deadline: float) -> Any:
@@ -2584,9 +2535,9 @@ class _Link:
         """Import what attempts need, at a moment that a fork waits for; what fails here fails again in its place."""
         import importlib
 
-        names = ["email.utils"]
+        names = ["email.utils", "http.client"]
         if isinstance(self._transport, _UrllibTransport):  # urllib before ssl, which not every Python has
-            names += ["http.client", "select", "urllib.request", "encodings.idna", "ssl"]
+            names += ["select", "urllib.request", "encodings.idna", "ssl"]
         try:
             for name in names:
                 importlib.import_module(name)
@@ -3194,13 +3145,12 @@ class _Timer:
     def __init__(self, client: Client, event: str, agent: str | None, meta: dict[str, Any] | None) -> None:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
-        self._client, self._fields = client, {"event": event, "agent": agent}
-        self._meta = dict(meta or {})
+        self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
         self._log(0.0, "success")
         self._starts: list[float] = []
 
     def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(value=round(milliseconds, 3), meta={**self._meta, "result": result}, **self._fields)  # type: ignore[arg-type]
+        return Log(self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result})
 
     def __enter__(self) -> _Timer:
         self._starts.append(time.perf_counter())
@@ -3214,7 +3164,7 @@ class _Timer:
             self._client._sender.report.note_once(_WARNING, f"a timer's log was not accepted: {exc}")
 
     def _again(self) -> _Timer:
-        return _Timer(self._client, self._fields["event"], self._fields["agent"], self._meta)  # type: ignore[arg-type]
+        return _Timer(self._client, self._event, self._agent, self._meta)
 
     def __call__(self, function: _F) -> _F:
         import functools
@@ -3301,25 +3251,7 @@ class ChirrOp:
         return client.close(timeout) if client is not None else True
 
 
-def initialize(config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
-    """Make the global client and return it; see ChirrOp.initialize."""
-    config, api_key = _hidden(config), _hidden(api_key)
-    return ChirrOp.initialize(config, api_key=api_key, **fields)
-
-
-def log_event(entry: Log) -> None:
-    """Queue one log on the global client; see Client.log."""
-    ChirrOp.log_event(entry)
-
-
-def flush(timeout: float | None = None) -> bool:
-    """Send what the global client has queued, now; see Client.flush."""
-    return ChirrOp.flush(timeout)
-
-
-def stop(timeout: float | None = None) -> bool:
-    """Close the global client; see ChirrOp.stop."""
-    return ChirrOp.stop(timeout)
+initialize, log_event, flush, stop = ChirrOp.initialize, ChirrOp.log_event, ChirrOp.flush, ChirrOp.stop
 
 
 # ---- Sandbox --------------------------------------------------------------
@@ -3367,19 +3299,8 @@ _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
 }
 _SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number", dict: "an object", list: "a list"}
-_SANDBOX_NEEDS = {
-    "slack": ("url",),
-    "discord": ("url",),
-    "webhook": ("url",),
-    "telegram": ("bot_token", "chat_id"),
-    "email": (),
-}
-# Verb -> the status it leads to, the statuses it may start from.
-_SANDBOX_VERBS = {
-    "acknowledge": ("acknowledged", ("triggered",)),
-    "resolve": ("resolved", ("triggered", "acknowledged")),
-    "archive": ("archived", ("triggered", "acknowledged", "resolved")),
-}
+_SANDBOX_NEEDS = {"telegram": ("bot_token", "chat_id"), "email": ()}  # any other channel: a url
+_SANDBOX_VERBS = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
 _SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
 _SANDBOX_CONDITIONS = {
     "gt": float.__gt__,
@@ -3606,10 +3527,8 @@ class Sandbox:
         """
         if drop not in (None, "before", "after"):
             raise ChirrOpValidationError(f"drop must be 'before' or 'after', got {drop!r}")
-        if status is None and retry_after is not None:
-            status = 429
-        if status is None and not drop and not delay:
-            status = 502
+        if status is None and (retry_after is not None or not (drop or delay)):
+            status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
             if body is None:
@@ -3618,16 +3537,10 @@ class Sandbox:
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
+        left = math.inf if times is None else times
         with self._lock:
             self._faults.append(
-                {
-                    "times": math.inf if times is None else times,
-                    "answer": answer,
-                    "drop": drop,
-                    "delay": delay,
-                    "method": method,
-                    "path": path or "",
-                }
+                {"times": left, "answer": answer, "drop": drop, "delay": delay, "method": method, "path": path or ""}
             )
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
@@ -3657,14 +3570,9 @@ class Sandbox:
         from urllib.parse import parse_qsl, urlsplit
 
         parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
         parsed, problem = _sandbox_json(body)
-        request = {
-            "method": method,
-            "path": parts.path,
-            "body": parsed,
-            "status": 0,
-            "query": dict(parse_qsl(parts.query, keep_blank_values=True)),
-        }
+        request = {"method": method, "path": parts.path, "query": query, "body": parsed, "status": 0}
         with self._lock:
             self._requests.append(request)
             for fault in self._faults:
@@ -3677,12 +3585,9 @@ class Sandbox:
     def _answer(self, request: _Row, problem: str, headers: Mapping[str, str]) -> _Reply:
         given = {name.lower(): value for name, value in headers.items()}
         scheme, _, key = given.get("authorization", "").partition(" ")
+        valid = scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key)
         try:
-            _sandbox_need(
-                scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key),
-                "invalid API key",
-                401,
-            )
+            _sandbox_need(valid, "invalid API key", 401)
             with self._lock:
                 return _sandbox_answer(200, self._route(request, problem))
         except _SandboxRefusal as exc:
@@ -3725,7 +3630,7 @@ class Sandbox:
     def _check(self, index: int, fields: Any) -> _Row:
         _sandbox_need(isinstance(fields, dict), f"log {index}: must be an object")
         try:
-            log = _check_log(fields, self._clock())
+            log: _Row = json.loads(_encode_log(self._clock(), *map(fields.get, _LOG_FIELDS)))
         except ChirrOpValidationError as exc:
             raise _SandboxRefusal(f"log {index}: {exc}", 400) from exc
         poison = any(predicate(_sandbox_copy(log)) for predicate in self._poison)
@@ -3782,22 +3687,18 @@ class Sandbox:
 
     def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
         now = destination["last_delivered_at"] = _iso(self._now())
-        self._attempts.append(
-            (
-                kind,
-                {
-                    "attempt_id": _sandbox_id(),
-                    "alert_id": alert_id,
-                    "destination_id": destination["destination_id"],
-                    "channel": destination["channel"],
-                    "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
-                    "status": "sent",
-                    "response_status": 200,
-                    "error_message": None,
-                    "created_at": now,
-                },
-            )
-        )
+        attempt = {
+            "attempt_id": _sandbox_id(),
+            "alert_id": alert_id,
+            "destination_id": destination["destination_id"],
+            "channel": destination["channel"],
+            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+            "status": "sent",
+            "response_status": 200,
+            "error_message": None,
+            "created_at": now,
+        }
+        self._attempts.append((kind, attempt))
 
     def _find(self, path: list[str], *_: Any) -> _Row:
         record = self._stores[path[0]].get(path[1], {})
@@ -3820,19 +3721,13 @@ class Sandbox:
         agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
         _sandbox_need(event, "event must not be blank")
         _sandbox_zone(fields["timezone"])
-        _sandbox_need(
-            self._named.get((agent, event), record) is record, "this agent and event have a definition already", 422
-        )
+        taken = self._named.get((agent, event), record) is not record
+        _sandbox_need(not taken, "this agent and event have a definition already", 422)
         self._named.pop((record.get("agent", agent), event), None)
         self._named[agent, event] = record
         token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
-        fields.update(
-            agent=agent,
-            event=event,
-            share_token=token,
-            user_id=_SANDBOX_USER,
-            created_at=record.get("created_at", _iso(self._now())),
-        )
+        created = record.get("created_at", _iso(self._now()))
+        fields.update(agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created)
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
         fields["event_id"] = _sandbox_id(fields["event_id"])
@@ -3840,36 +3735,26 @@ class Sandbox:
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
         channel, url, credentials = fields["channel"], fields["url"], fields["credentials"]
-        for name in _SANDBOX_NEEDS[channel]:
+        for name in _SANDBOX_NEEDS.get(channel, ("url",)):
             given = url if name == "url" else credentials.get(name)
             _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
         scheme, _, rest = url.partition("://")
-        _sandbox_need(
-            not url or (scheme in ("http", "https") and rest.partition("/")[0]), "url must be an absolute http(s) URL"
-        )
+        absolute = scheme in ("http", "https") and rest.partition("/")[0]
+        _sandbox_need(absolute or not url, "url must be an absolute http(s) URL")
         _sandbox_need(all(type(item) in (str, int) for item in credentials.values()), "credentials must be strings")
         fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
-        _sandbox_need(
-            set(fields["policy_ids"]) <= set(self._stores["policies"]), "policy_ids names an unknown policy", 422
-        )
+        known = self._stores["policies"].keys() >= set(fields["policy_ids"])
+        _sandbox_need(known, "policy_ids names an unknown policy", 422)
         now = _iso(self._now())
-        fields.update(
-            created_at=record.get("created_at", now),
-            updated_at=now,
-            last_delivered_at=record.get("last_delivered_at"),
-            last_error=None,
-        )
+        created, delivered = record.get("created_at", now), record.get("last_delivered_at")
+        fields.update(created_at=created, updated_at=now, last_delivered_at=delivered, last_error=None)
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
-        return _sandbox_page(
-            [
-                {**same, "period": period, "occurred_at": _iso(start), **bucket}
-                for start, bucket in sorted(self._buckets(event, period).items())
-            ],
-            query,
-        )
+        buckets = sorted(self._buckets(event, period).items())
+        rollups = [{**same, "period": period, "occurred_at": _iso(start), **bucket} for start, bucket in buckets]
+        return _sandbox_page(rollups, query)
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
         event_id = self._find(path)["event_id"]
@@ -3884,13 +3769,8 @@ class Sandbox:
             for name, end in (("current", now), ("previous", now - shift)):
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
-        return {
-            "event_id": event_id,
-            "view": view,
-            "period": period,
-            "previous": previous,
-            "data": _sandbox_compare(windows) if windows else None,
-        }
+        data = _sandbox_compare(windows) if windows else None
+        return {"event_id": event_id, "view": view, "period": period, "previous": previous, "data": data}
 
     def _list_alerts(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         alerts = self._list(path)
@@ -3900,8 +3780,9 @@ class Sandbox:
         return [alert for alert in alerts if alert["status"] == status]
 
     def _move_alert(self, path: list[str], *_: Any) -> _Row:
-        alert, (status, starts) = self._find(path), _SANDBOX_VERBS[path[2]]
-        if alert["status"] != status:  # repeating a step changes nothing
+        alert, status = self._find(path), _SANDBOX_VERBS[path[2]]
+        if alert["status"] != status:  # repeating a step changes nothing; no step leads back
+            starts = _ALERT_STATUSES[: _ALERT_STATUSES.index(status)]
             _sandbox_need(alert["status"] in starts, f"cannot {path[2]} an alert that is {alert['status']}", 422)
             alert["status"] = status
             if f"{status}_at" in alert:
@@ -4286,8 +4167,8 @@ def _lines(stream: Any) -> Iterator[bytes]:
 
 def _log_of(line: bytes) -> Log:
     fields = _parsed("a log", line)
-    if not isinstance(fields, dict) or set(fields) - {"event", "value", "agent", "log_id", "meta", "occurred_at"}:
-        raise ChirrOpValidationError("a log must be an object of event, value, agent, log_id, meta and occurred_at")
+    if not isinstance(fields, dict) or not fields.keys() <= set(_LOG_FIELDS):
+        raise ChirrOpValidationError(f"a log must be an object of {', '.join(_LOG_FIELDS)}")
     return Log(**{"event": None, "value": None, **fields})
 
 
@@ -4392,7 +4273,7 @@ def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator
         return
     finally:
         transport.close()
-    error = "" if 200 <= status < 300 else str(_Answer(status, body.replace(key.encode() or b"\0", b"***")).error())
+    error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
     reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
     if name == "logs" and (status < 300 or 400 <= status < 500):
         yield name, True, reached  # it takes POST alone, and no log is sent: this answer tells no more

@@ -429,14 +429,12 @@ class LogTest(TestCase):
     def test_times_lie_within_the_last_30_days_and_1_day_ahead(self):
         now = 1_800_000_000.0
         for seconds in (-30 * 86400, -1, 0, 86400):
-            chirrop._check_log(
-                {"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now
-            )
+            at = datetime.fromtimestamp(now + seconds, timezone.utc)
+            chirrop._encode_log(now, "a", 1, None, None, None, at)
         for seconds in (-30 * 86400 - 1, 86401):
+            at = datetime.fromtimestamp(now + seconds, timezone.utc)
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "last 30 days and at most 1 day ahead"):
-                chirrop._check_log(
-                    {"event": "a", "value": 1, "occurred_at": datetime.fromtimestamp(now + seconds, timezone.utc)}, now
-                )
+                chirrop._encode_log(now, "a", 1, None, None, None, at)
 
     def test_naive_times_are_utc_whatever_the_local_zone(self):
         code = (
