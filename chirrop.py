@@ -1239,7 +1239,7 @@ class SqliteSpool:
 
     def _is_full(self, conn: Any) -> bool:
         size, pages, free = (
-            conn.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
+            conn.execute(f"PRAGMA {name}").fetchall()[0][0] for name in ("page_size", "page_count", "freelist_count")
         )
         # Four pages of reserve: one log may split pages up to the root.
         return bool((pages - free + 4) * size > self.max_bytes)
@@ -1275,10 +1275,10 @@ class SqliteSpool:
     def _connect(self) -> Any:
         conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
-            version = conn.execute("PRAGMA user_version").fetchone()[0]
+            version = conn.execute("PRAGMA user_version").fetchall()[0][0]
             if version not in (0, _SPOOL_VERSION):
                 raise ValueError(f"it has the unknown schema version {version}")
-            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
         except BaseException:
             conn.close()
@@ -1299,7 +1299,7 @@ class SqliteSpool:
             if opening:
                 conn.execute(_SQL_UNPARK, span)
             conn.execute("UPDATE owners SET holder = ? WHERE id = ?", (self._holder, owner))
-            taken.append((span, conn.execute(_SQL_COUNT, span).fetchone()[0]))
+            taken.append((span, conn.execute(_SQL_COUNT, span).fetchall()[0][0]))
         return taken
 
     def _is_dead(self, holder: str) -> bool:
@@ -2667,7 +2667,9 @@ class Client:
 
         Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those logs was
         delivered or dropped, or one full cycle of retries has failed, or the time is up. Logs queued
-        meanwhile do not keep it waiting. From on_drop it returns at once. Any thread.
+        meanwhile do not keep it waiting. Any thread. From on_drop, and from a signal handler or finaliser that
+        interrupted the SDK itself, it returns at once. For dropped logs, on_drop may still run when it returns;
+        close() waits for that.
 
         Args:
             timeout: seconds; None waits for the outcome, which retries bound to minutes.
