@@ -861,7 +861,6 @@ def _locked(method: _F) -> _F:
             finally:
                 self._depth -= 1
 
-    run.__name__, run.__doc__ = method.__name__, method.__doc__
     return run  # type: ignore[return-value]
 
 
@@ -957,11 +956,7 @@ class SqliteSpool:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        max_bytes: int = 0,
-        *,
-        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+        self, path: str | os.PathLike[str], max_bytes: int = 0, *, synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
     ) -> None:
         try:
             import sqlite3
@@ -2105,7 +2100,7 @@ class _Sender:
             body = b"[" + b",".join(batch.items) + b"]"
             answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
         except BaseException as exc:  # Ctrl-C, or no memory: the batch waits for its next attempt
-            self.outbox.settle(batch, _Answer(0, cause=exc), time.monotonic())
+            self.report.drops(self.outbox.settle(batch, _Answer(0, cause=exc), self._clock()))
             raise
         finally:
             self._sending.discard(threading.get_ident())

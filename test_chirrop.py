@@ -826,6 +826,21 @@ class OutboxTest(TestCase):
         self.assertEqual([d.reason for d in outbox.put(b"{}")], ["closed"])
         self.assertEqual(outbox.stats().dropped, {"closed": 1})
 
+    def test_a_wait_that_is_over_before_it_begins_ends(self):
+        # queue.SimpleQueue, before Python 3.13, hangs within some thousand of these.
+        def wait():
+            for number in range(20_000):
+                bell = chirrop._Bell()
+                if number % 2:
+                    bell.ring()
+                    bell.wait(0.0)
+                self.assertFalse(bell.wait(number % 5 * 1e-6))
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(LONG)
+        self.assertFalse(thread.is_alive())
+
     def test_a_bounded_queue_counts_what_is_in_flight(self):
         outbox = self.outbox(queue_size=300)
         self.fill(outbox, 300)
