@@ -13,9 +13,11 @@ At any moment every accepted log is delivered, dropped (reported, with its reaso
 
 Outside itself this file touches, each in the one place named:
     network   _UrllibTransport; Sandbox server and `doctor` when they are asked for
-    threads   _Sender, daemon, started by the first log
+    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
+              the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
-    environ   Config (CHIRROP_*); urllib's and OpenSSL's own variables; the command line's NO_COLOR and COLUMNS
+    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; what urllib (proxies) and
+              OpenSSL (CA files, SSLKEYLOGFILE) read by themselves
     exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 
@@ -62,6 +64,7 @@ MAX_META_KEYS = 10  # top-level keys of an object: the service's limit
 MAX_AGE_SECONDS = 30 * 86400.0  # of occurred_at: the service's limit
 MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
 MAX_ANSWER_BYTES = 16 * 1024 * 1024  # far above any real answer; keeps a wrong host from filling memory
+MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is parsed for its message and kept in an error
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
 MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
 MAX_SERVICER_WAIT = 30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
@@ -329,8 +332,9 @@ def _show(value: object) -> str:
 def _without_key(exc: BaseException, key: str) -> BaseException:
     """Clear the tracebacks of an exception chain, whose frames hold the key; withhold one that quotes it."""
     link: BaseException | None = exc
-    quoted = False
-    while link is not None:
+    quoted, seen = False, set()
+    while link is not None and id(link) not in seen:  # a chain may be a circle
+        seen.add(id(link))
         link.__traceback__ = None
         try:
             text = str(link)
@@ -342,7 +346,15 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
 
 
 def _masked(content: bytes, key: str) -> bytes:
-    """Return an answer without the key, plain or as JSON may escape it: some servers echo it."""
+    """Return the beginning of an error's body without the key, however JSON escapes it: some servers echo it."""
+    content = content[:MAX_ERROR_BYTES]
+    if content.count(b"[") + content.count(b"{") > 1000:  # deep enough to overflow a small thread's stack
+        content = content[:1000]
+    if b"\\u" in content:
+        try:
+            content = json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8", "replace")
+        except (ValueError, RecursionError):
+            content = content.replace(b"\\u", b"/u")
     quoted = json.dumps(key)[1:-1]
     for form in (key, quoted, quoted.replace("/", "\\/")) if key else ():
         content = content.replace(form.encode(), b"***")
@@ -356,14 +368,15 @@ def _masked(content: bytes, key: str) -> bytes:
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _encode_text = _encoder.encode
 try:
-    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of cycles:
-    # they end in a RecursionError, and _encode_json then tells what they are.
+    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of cycles, so
+    # only what holds no containers is given to it.
     _pieces: Any = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
         None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
 _LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
+_FLAT = frozenset((str, int, float, bool, type(None)))
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
 _minted = _NOT_MINTED  # (second, process, ISO text, random hex not used yet); replaced as a whole, never edited
@@ -488,7 +501,8 @@ def _encode_meta(meta: object) -> str:
     if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
         raise ChirrOpValidationError(f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}")
     try:
-        text = "".join(_pieces(meta, 0))
+        flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
+        text = "".join(_pieces(meta, 0)) if flat else _encode_text(meta)
     except Exception:
         text = _encode_json("meta", meta).decode()  # raises, with the reason
     if len(text) > MAX_META_BYTES // 4:  # a character takes at most 4 bytes
@@ -621,14 +635,24 @@ class _Secret(str):
         return "'***'"
 
 
+class _SecretBytes(bytes):
+    """What somebody gave in place of a string, which may be a key all the same."""
+
+    __repr__ = _Secret.__repr__
+
+
 def _hidden(value: Any) -> Any:
-    """Return a string as a _Secret: a traceback with locals may show the frame that holds it."""
+    """Return a key so that it does not show: a traceback with locals may show the frame that holds it."""
+    if isinstance(value, (bytes, bytearray)):
+        return _SecretBytes(value)
     return _Secret(value) if isinstance(value, str) else value
 
 
 def _read_dotenv(name: str, path: str = ".env") -> str | None:
     """Return one variable from a .env file; None when there is none, whatever the file holds."""
     found = None
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return None
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(1 << 20).splitlines()
@@ -1113,11 +1137,9 @@ class SqliteSpool:
             return
         self._forker = 0
         try:
-            conn = self._connect()
             if os.stat(self.path).st_ino != self._inode:
-                conn.close()
                 raise OSError("it was replaced")
-            self._conn = conn
+            self._conn = self._connect()
         except Exception as exc:  # the rows are found again by whoever opens the file next
             self._generation += 1
             self.lost, self._stored = self.lost + self._stored, 0
@@ -1245,7 +1267,10 @@ class SqliteSpool:
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:
                 pass  # another process was faster
-        self._inode = os.stat(self.path).st_ino
+        found = os.stat(self.path)
+        self._inode = found.st_ino
+        if found.st_mode & 0o077 and os.name == "posix":
+            os.chmod(self.path, found.st_mode & 0o700)  # the logs are nobody else's; another user's file is refused
         conn = self._connect()
         try:
             # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
@@ -1273,6 +1298,10 @@ class SqliteSpool:
             version = conn.execute("PRAGMA user_version").fetchall()[0][0]
             if version not in (0, _SPOOL_VERSION):
                 raise ValueError(f"it has the unknown schema version {version}")
+            if version == 0 and conn.execute("SELECT name FROM sqlite_master").fetchall():
+                # Unless another process has just made its tables, all in one transaction.
+                if conn.execute("PRAGMA user_version").fetchall()[0][0] == 0:
+                    raise ValueError("it is the database of another program")
             conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
         except BaseException:
@@ -1464,7 +1493,7 @@ class _Answer:
             failure = ChirrOpTransportError(f"no answer: {detail}")
             failure.__cause__ = cause
             return failure
-        text = self.body[:4096].decode("utf-8", "replace").strip()
+        text = self.body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
         body: Any = text or None
         try:
             body = json.loads(self.body) if self.body else None
@@ -1477,6 +1506,8 @@ class _Answer:
             import http.client
 
             message = text[:200] or http.client.responses.get(self.status, "no message").lower()
+        # It goes into logs, terminals and the spool: no line breaks, no escape sequences, not a book.
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])
         kind, text = _error_class(self.status), f"HTTP {self.status}: {message}"
         return kind(text, status_code=self.status, body=body, retry_after=self.retry_after())
 
@@ -2104,7 +2135,11 @@ class _Sender:
             raise
         finally:
             self._sending.discard(threading.get_ident())
-        drops = self.outbox.settle(batch, answer, self._clock())
+        try:
+            drops = self.outbox.settle(batch, answer, self._clock())
+        except BaseException as exc:  # no memory: the batch must not stay in flight for ever
+            self.report.drops(self.outbox.settle(batch, _Answer(0, cause=exc), self._clock()))
+            raise
         self.report.state(answer)
         self.report.drops(drops)
         if self.outbox.width > len(self._threads) > 0:
@@ -2455,6 +2490,7 @@ class _UrllibTransport:
                 except ImportError as exc:
                     raise OSError(f"https needs the ssl module, which this Python lacks: {exc}") from exc
                 self._context = ssl.create_default_context()
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 leaves it to OpenSSL
                 self._context.set_alpn_protocols(["http/1.1"])
             return self._context
 
@@ -2490,6 +2526,8 @@ class _UrllibTransport:
 
 def _has_input(sock: Any) -> bool:
     """Tell whether an idle connection has something to read: the server closed it, or never was in step."""
+    if getattr(sock, "pending", int)():  # TLS has it already
+        return True
     import select
 
     if hasattr(select, "poll"):
@@ -2517,10 +2555,12 @@ class _Link:
             status, content, fields = answer
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
+            fields = {str(name): str(value) for name, value in fields.items()}
         except BaseException as exc:  # a transport may be the application's; its errors end no sender
             main = threading.current_thread() is threading.main_thread()
-            if main and isinstance(exc, (KeyboardInterrupt, SystemExit)):
-                raise _without_key(exc, "") from None
+            ours = isinstance(self._transport, _UrllibTransport)  # which raises nothing else than these
+            if main and not isinstance(exc, (OSError, ValueError) if ours else Exception):
+                raise _without_key(exc, "") from None  # what a signal handler has raised, above all Ctrl-C
             return _Answer(0, cause=_without_key(exc, self._key))
         if not 200 <= status < 300:
             content = _masked(bytes(content), self._key)
@@ -2841,8 +2881,8 @@ class Client:
             return {}
         try:
             return json.loads(answer.body)
-        except (ValueError, RecursionError) as exc:
-            raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from _without_key(exc, "")
+        except (ValueError, RecursionError):  # which holds the whole answer
+            raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from None
 
     def _attempts(
         self, method: str, url: str, body: bytes | None, retries: int, repeatable: bool, longest: float
@@ -3829,6 +3869,7 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = 60.0  # seconds that an idle connection may hold a thread
         disable_nagle_algorithm = True  # an answer is two writes
 
         def handle(self) -> None:
@@ -3842,7 +3883,10 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 
         def answer(self) -> None:
             length = self.headers.get("Content-Length", "0")
-            if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
+            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+            if host not in ("", "127.0.0.1", "localhost") or "Origin" in self.headers:
+                self.refuse(403, "this sandbox serves programs on this machine, not web pages")
+            elif not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
                 self.refuse(400, "a body needs its length in Content-Length")
             elif len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
                 self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
@@ -4029,7 +4073,7 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
     _headline(event, f"count and sum by {period}, UTC")
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     rows = sorted((str(r.get("occurred_at")), r.get("value") or 0.0, r.get("count")) for r in rollups)
-    cells = [(at[5:16].replace("T", " "), _figure(count), _figure(value)) for at, value, count in rows]
+    cells = [(_plain(at[5:16]).replace("T", " "), _figure(count), _figure(value)) for at, value, count in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     room = max(1, _columns() - sum(widths) - 2 * len(widths))
     peak = max((abs(value) for _, value, _ in rows), default=0.0) or 1.0
@@ -4259,14 +4303,14 @@ def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator
     proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # without its password
     past = not proxy or urllib.request.proxy_bypass(parts.netloc)
     yield name, True, f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": _Secret(f"Bearer {key}")} if key else {}
     transport = _UrllibTransport()
     try:
         status, body, fields = transport("GET", url + "/events" * (name == "api"), None, headers, 10)
     except OSError as exc:
         kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
         cure = next(text for kind, text in _CURES.items() if kind in kinds)
-        yield name, False, f"{exc}. {cure.format(variable)}"
+        yield name, False, f"{_without_key(exc, key)}. {cure.format(variable)}"
         return
     finally:
         transport.close()
@@ -4424,6 +4468,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ChirrOpError, OSError) as exc:
         _say(exc)
         status = 2 if isinstance(exc, ChirrOpValidationError) else 1
+    except (TypeError, AttributeError, KeyError, ValueError) as exc:  # JSON of a shape that no ChirrOp sends
+        _say(f"the answer makes no sense: {type(exc).__name__}: {exc}")
+        status = 1
     logger.removeHandler(handler)
     try:
         sys.stdout.flush()
