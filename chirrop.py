@@ -1298,10 +1298,10 @@ class SqliteSpool:
             version = conn.execute("PRAGMA user_version").fetchall()[0][0]
             if version not in (0, _SPOOL_VERSION):
                 raise ValueError(f"it has the unknown schema version {version}")
-            if version == 0 and conn.execute("SELECT name FROM sqlite_master").fetchall():
-                # Unless another process has just made its tables, all in one transaction.
-                if conn.execute("PRAGMA user_version").fetchall()[0][0] == 0:
-                    raise ValueError("it is the database of another program")
+            tables = [] if version else conn.execute("SELECT name FROM sqlite_master").fetchall()
+            # Read again: another process may just have made tables and version, in one transaction.
+            if tables and conn.execute("PRAGMA user_version").fetchall()[0][0] == 0:
+                raise ValueError("it is the database of another program")
             conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
         except BaseException:

@@ -6652,6 +6652,160 @@ class DemoTest(CommandLineCase):
             self.assertEqual((account["accepted"], len(account["rollups"]) > 5), (5000, True))
 
 
+# ---- Hostile answers ------------------------------------------------------
+
+
+class HostileTest(TestCase):
+    """What a server, a file or a caller could do to the application, and does not."""
+
+    def test_an_errors_text_is_short_and_cannot_steer_a_log_or_a_terminal(self):
+        text = "bad\n2026-01-01 CRITICAL forged\x1b[2J" + "x" * 3_000_000
+        client = self.client((400, json.dumps({"error": text}).encode(), {}))
+        with self.assertRaises(chirrop.ChirrOpBadRequestError) as caught:
+            client.list_events()
+        self.assertLess(len(str(caught.exception)), 1000)
+        self.assertTrue(str(caught.exception).isprintable())
+        self.assertLess(len(repr(caught.exception.body)), 200_000)
+
+    def test_what_a_server_says_of_a_rejected_log_does_not_fill_the_spool(self):
+        path = self.folder() / "spool"
+        answer = (400, json.dumps({"error": "x" * 2_000_000}).encode(), {})
+        client = self.client(transport=FakeTransport(default=answer), spool=path)
+        for i in range(64):
+            client.log(Log("a", i))
+        self.assertFalse(client.flush(LONG))
+        client.close()
+        self.assertLess(path.stat().st_size, 500_000)
+        self.assertEqual(len(SqliteSpool(path).dead_letters()), 64)
+
+    def test_the_key_is_masked_however_it_is_escaped(self):
+        key = "chp_canary/x"
+        escaped = "".join(f"\\u{ord(c):04x}" for c in key).encode()
+        for body in (
+            b'{"error": "no %s"}' % escaped,
+            b'{"error": "no chp_canary\\/x"}',
+            b"no " + escaped,
+            b'["' + escaped + b'"]',
+        ):
+            client = self.client(transport=FakeTransport((401, body, {})), api_key=key)
+            with self.assertRaises(chirrop.ChirrOpUnauthorizedError) as caught:
+                client.list_events()
+            shown = f"{caught.exception} {caught.exception.body!r}"
+            self.assertNotIn("canary", shown.replace("\\/", "/"))
+
+    def test_bytes_in_place_of_a_key_are_not_shown(self):
+        try:
+            new_client(api_key="chp_{}".format("canary").encode())
+        except chirrop.ChirrOpValidationError as exc:
+            text = "".join(traceback.TracebackException.from_exception(exc, capture_locals=True).format())
+        self.assertIn("api_key must be a string", text)
+        self.assertNotIn("chp_canary", text)
+
+    def test_an_exception_that_is_its_own_cause_is_a_network_failure_like_any_other(self):
+        def circular(body):
+            error = OSError("round and round")
+            error.__cause__ = error
+            raise error
+
+        client = self.client(transport=FakeTransport(circular))
+        client.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+
+    def test_headers_of_a_wrong_type_are_a_network_failure(self):
+        for headers in ([("Retry-After", "0")], None, 5):
+            client = self.client(transport=FakeTransport((429, b"", headers)))
+            client.log(Log("a", 1))
+            self.assertTrue(client.flush(LONG))
+            client.close()
+
+    def test_a_failure_while_settling_leaves_nothing_in_flight(self):
+        client = self.client(transport=FakeTransport())
+        original, failures = client._outbox._settle, [MemoryError()]
+
+        def settle(*args):
+            if failures:
+                raise failures.pop()
+            return original(*args)
+
+        client._outbox._settle = settle
+        client.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(client.stats().delivered, 1)
+
+    def test_a_cycle_in_meta_does_not_overflow_the_stack_of_a_small_thread(self):
+        code = (
+            "import threading, chirrop\n"
+            "def work():\n"
+            "    meta = []; meta.append(meta)\n"
+            "    for m in (meta, {'a': meta}):\n"
+            "        try: chirrop.Log('a', 1, meta=m)\n"
+            "        except chirrop.ChirrOpValidationError: print('refused')\n"
+            "threading.stack_size(1 << 18); t = threading.Thread(target=work); t.start(); t.join()"
+        )
+        self.assertEqual(self.python(code).stdout.split(), ["refused"] * 2)
+
+    def test_an_exception_of_a_signal_handler_comes_through_a_call(self):
+        class SoftLimit(Exception):
+            pass
+
+        def handler(*_):
+            raise SoftLimit
+
+        previous = signal.signal(signal.SIGUSR1, handler)
+        self.addCleanup(signal.signal, signal.SIGUSR1, previous)
+        client = self.client(transport=None, servicer_endpoint="http://127.0.0.1:9")
+        interrupt = mock.patch.object(
+            chirrop._UrllibTransport, "_exchange", lambda *_: signal.raise_signal(signal.SIGUSR1)
+        )
+        with interrupt, self.assertRaises(SoftLimit):
+            client.list_events()
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no named pipes here")
+    def test_a_pipe_in_place_of_dotenv_is_not_waited_for(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder())
+        os.mkfifo(".env")
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "API key is required"):
+            Config()
+
+    def test_another_programs_database_is_left_alone(self):
+        path = self.folder() / "app.db"
+        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+            conn.execute("CREATE TABLE mine (x)")
+        before = path.read_bytes()
+        client = self.client(spool=path)
+        client.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertTrue(client.close())
+        self.assertEqual((path.read_bytes(), os.listdir(path.parent)), (before, ["app.db"]))
+        self.assertIn("database of another program", self.records[0].getMessage())
+
+    def test_a_spool_that_others_could_read_is_closed_to_them(self):
+        path = self.folder() / "spool"
+        path.touch()
+        path.chmod(0o644)
+        client = self.client(spool=path)
+        client.log(Log("a", 1))
+        self.assertEqual(
+            {stat.S_IMODE(os.stat(path.parent / name).st_mode) for name in os.listdir(path.parent)}, {0o600}
+        )
+
+    def test_the_served_sandbox_refuses_web_pages(self):
+        sandbox = Sandbox()
+        server = chirrop._serve_sandbox(sandbox)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self.addCleanup(thread.join, LONG)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            connection.request("POST", "/v1.0/logs", b"[]", {"Authorization": "Bearer chp_x", **headers})
+            self.assertEqual(connection.getresponse().status, 403)
+            connection.close()
+        self.assertEqual(sandbox.requests, [])
+
+
 # ---- The whole flow -------------------------------------------------------
 
 
