@@ -846,9 +846,9 @@ class OutboxTest(TestCase):
         self.fill(outbox, 300)
         batch = outbox.take(0.0)
         with self.assertRaisesRegex(chirrop.ChirrOpQueueFullError, "300 logs"):
-            outbox.put(b"{}", timeout=0.0)
+            outbox.put(b"{}")
         outbox.settle(batch, chirrop._Answer(200), 0.0)
-        outbox.put(b"{}", timeout=0.0)
+        outbox.put(b"{}")
         self.assertEqual(outbox.held(), 51)
 
 
@@ -4408,7 +4408,7 @@ class ClientTest(TestCase):
         with self.assertRaisesRegex(chirrop.ChirrOpQueueFullError, "queue is full: 2 logs"):
             client.log(Log("a", 3))
         waiting = threading.Thread(target=lambda: Client.log(client, Log("a", 4)))
-        object.__setattr__(client, "config", Config(api_key=KEY, timeout=LONG))
+        client._sender._config = Config(api_key=KEY, timeout=LONG)
         waiting.start()
         gate.set()
         waiting.join(LONG)
