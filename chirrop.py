@@ -35,6 +35,7 @@ import io
 import json
 import math
 import os
+import struct
 import sys
 import threading
 import time
@@ -377,18 +378,22 @@ except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
 _LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
 _FLAT = frozenset((str, int, float, bool, type(None)))
-_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))  # RFC 4122: the variant bits of a UUID are 10
+_quote = json.encoder.encode_basestring  # what _encode_text does to a string
+_BLOCK = 64  # UUIDs made at once
+# RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6 (0100) and 2 of byte 8 (10).
+_RANDOM_BITS = int.from_bytes(bytes.fromhex("ffffffffffff0fff3fffffffffffffff") * _BLOCK, "big")
+_FIXED_BITS = int.from_bytes(bytes.fromhex("00000000000040008000000000000000") * _BLOCK, "big")
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
-_minted = _NOT_MINTED  # (second, process, ISO text, random hex not used yet); replaced as a whole, never edited
+_minted = _NOT_MINTED  # (second, process, ISO text, UUIDs not used yet); replaced as a whole, never edited
 
 
 def _mint(now: float) -> tuple[str, str]:
     """Return a random UUIDv4 and the ISO 8601 text of `now`.
 
-    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so it is
-    asked for a block. A block lives for one wall-clock second at most, which keeps a restored snapshot
-    from repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a
-    third to a log's cost.
+    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so UUIDs are
+    made in blocks. A block lives for one wall-clock second at most, which keeps a restored snapshot from
+    repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a third to
+    a log's cost.
     """
     global _minted
     second, pid = int(now), os.getpid()
@@ -396,16 +401,19 @@ def _mint(now: float) -> tuple[str, str]:
         minted_in, minter, text, block = _minted
         if minted_in == second and minter == pid and block:
             try:
-                h = block.pop()
-                break
+                return block.pop(), "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031  # half an f-string's cost
             except IndexError:  # another thread took the last one
                 continue
         if minted_in != second:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        digits = os.urandom(1024).hex()
-        _minted = (second, pid, text, [digits[i : i + 32] for i in range(0, 2048, 32)])
-    log_id = f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{_VARIANT[h[16]]}{h[17:20]}-{h[20:]}"
-    return log_id, "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031  # half the cost of an f-string
+        _minted = (second, pid, text, _uuids())
+
+
+def _uuids() -> list[str]:
+    number = int.from_bytes(os.urandom(16 * _BLOCK), "big") & _RANDOM_BITS | _FIXED_BITS
+    digits = number.to_bytes(16 * _BLOCK, "big").hex().encode()
+    made = [b"%b-%b-%b-%b-%b" % parts for parts in struct.iter_unpack("8s4s4s4s12s", digits)]
+    return b" ".join(made).decode().split()
 
 
 def _number(value: Any) -> int | float:
@@ -536,9 +544,9 @@ def _encode_log(
         new_id = _canonical_id(log_id) or new_id
     if occurred_at is not None:
         at = _check_time(occurred_at, now)
-    text = f'{{"log_id":"{new_id}","event":{_encode_text(event)},"value":{value!r},"occurred_at":"{at}"'
-    if agent is not None and (agent := _trimmed("agent", agent)):
-        text += f',"agent":{_encode_text(agent)}'
+    text = f'{{"log_id":"{new_id}","event":{_quote(event)},"value":{value!r},"occurred_at":"{at}"'
+    if agent is not None and (agent := agent.strip() if type(agent) is str else _trimmed("agent", agent)):
+        text += f',"agent":{_quote(agent)}'
     if meta is not None:
         text += f',"meta":{_encode_meta(meta)}'
     try:
