@@ -96,7 +96,7 @@ _ALERT_STATUSES = ("triggered", "acknowledged", "resolved", "archived")
 _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from http.server import ThreadingHTTPServer
     from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
 
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
         unit: str
         timezone: str
         public: bool
-        share_token: str
+        share_token: Optional[str]
         user_id: str
         created_at: str
 
@@ -751,8 +751,11 @@ def _checked_level(value: object) -> int:
     if isinstance(value, str):
         import logging
 
-        value = logging.getLevelName(value.strip().upper())
-    return _integer("log_level", value, 0)
+        number = logging.getLevelName(value.strip().upper())
+        value = number if isinstance(number, int) else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ChirrOpValidationError(f"log_level must be the number or the name of a logging level, got {_show(value)}")
+    return value
 
 
 class Config:
@@ -763,9 +766,10 @@ class Config:
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
         servicer_endpoint: base URL of the control plane; else CHIRROP_SERVICER_ENDPOINT, else the service's.
         retries: further attempts for a batch before it counts as exhausted, from 0.
-        timeout: seconds for one attempt, from connecting to the answer's last byte; also how long `log`
-            waits for room in a bounded queue. Looking up a host name is beyond any Python program's limit.
-        batch_size: queued logs that start a send at once; a request never carries more than 250.
+        timeout: seconds for one attempt, from connecting to the answer's last byte, up to 86,400; also how
+            long `log` waits for room in a bounded queue. Looking up a host name is beyond a program's reach,
+            and a name with several dead addresses may take this long for each.
+        batch_size: queued logs that start a send at once, from 1; a request never carries more than 250.
         flush_delay: seconds a log may wait for others to share its request.
         queue_size: logs held at most, in flight included; 0 is no limit.
         log_level: level of the logger "chirrop", a number or a name; NOTSET leaves it alone.
@@ -777,8 +781,9 @@ class Config:
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
-            dropped them; what it raises is caught and logged.
-        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1.
+            dropped them; it may log, flush and close, and what it raises is caught and logged.
+        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1 (or
+            true, yes, on).
 
     Raises:
         ChirrOpValidationError: names the setting, the rule and what was given (never the key).
@@ -967,7 +972,8 @@ class SqliteSpool:
     When `log()` returns, the log is committed (WAL mode): `kill -9` loses nothing, and the next client on
     this file sends what is left, under the same log_ids. Several processes may share a file on a local
     disk; what a dead one left is taken over by the next that opens it or runs out of work. Refused logs
-    (401, 403, 404, 500, 503) wait for a later run; logs dropped for good are kept as dead letters.
+    (401, 403, 404, 500, 503) wait for a later run; logs dropped for good are kept as dead letters. An
+    application calls dead_letters alone; the other methods are the client's.
 
     A power loss may cost the commits of the last moments, since they are synced to the disk only now and
     then (SQLite's `synchronous=NORMAL`); `synchronous="FULL"` syncs each commit, at milliseconds per log.
@@ -1618,10 +1624,13 @@ class _Flush:
 
 _Drop = namedtuple("_Drop", "reason count items error")  # items: none where nobody can read them any more
 
+_NOTHING: tuple[_Drop, ...] = ()
+
 
 class _Outbox:
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
+        self._bounded = config.queue_size > 0
         self.on_ready: Callable[[], None] = lambda: None  # called once when enough logs wait for a sender
         self.patience: Callable[[], float] = lambda: 0.0  # seconds that this thread may wait for room
         self._reset()
@@ -1656,20 +1665,20 @@ class _Outbox:
 
     # Logs in.
 
-    def put(self, data: bytes) -> list[_Drop]:
+    def put(self, data: bytes) -> Sequence[_Drop]:
         """Accept one log; where the queue is bounded and full, wait for as long as `patience` says."""
         if self.closed:
             return self._refuse_late(data)
-        if self._config.queue_size:
+        buffer = self.buffer
+        if self._bounded:
             self._put_bounded(data)
         else:
-            self.buffer.put(data)
-        if len(self.buffer) >= self.wake_at:
+            buffer.put(data)
+        if len(buffer) >= self.wake_at:
             self.wake_at = math.inf
             self.on_ready()
-        if self.stopped:  # since the check above: the last sweep may have missed this log
-            return self._sweep()
-        return []
+        # Stopped since the check above: the last sweep may have missed this log.
+        return self._sweep() if self.stopped else _NOTHING
 
     def _put_bounded(self, data: bytes) -> None:
         deadline = time.monotonic() + self.patience()
@@ -1951,7 +1960,7 @@ class _Reporter:
         self._drops.clear()
         self._notes.clear()
 
-    def drops(self, drops: list[_Drop], record: bool = True) -> None:
+    def drops(self, drops: Sequence[_Drop], record: bool = True) -> None:
         for drop in drops:
             if record:
                 self._drops.append(drop._replace(items=()))
@@ -1965,7 +1974,7 @@ class _Reporter:
             finally:
                 _reporting.in_on_drop = False
 
-    def late(self, drops: list[_Drop]) -> None:
+    def late(self, drops: Sequence[_Drop]) -> None:
         """Report logs that came after close: every one to on_drop, the first to the logger."""
         if not self._late:
             self._late = True
@@ -2646,6 +2655,9 @@ class Client:
 
     Threads start with the first log, not with the client. As a context manager it is closed at the end.
 
+    Control-plane methods block the calling thread for up to `timeout` seconds per attempt, may be called from
+    any thread, take ids as strings (the service's are UUIDs), return parsed JSON and raise as `request` does.
+
     Args:
         config: a Config; None makes one from the environment.
 
@@ -2656,7 +2668,7 @@ class Client:
     def __init__(self, config: Config | None = None) -> None:
         config = _hidden(config)  # it may be a key
         if config is not None and not isinstance(config, Config):
-            raise ChirrOpValidationError(f"config must be a Config, got {type(config).__name__}; a key is api_key=...")
+            raise ChirrOpValidationError("the first argument must be a Config; a key is given as api_key=...")
         self.config = config = config or Config()
         self._timeout, self._servicer_retries = config.timeout, config.servicer_retries
         self._link = _Link(config)
@@ -2721,7 +2733,8 @@ class Client:
         close() waits for that.
 
         Args:
-            timeout: seconds; None waits for the outcome, which retries bound to minutes.
+            timeout: seconds, 0 to 86,400; None waits for the outcome: with the default retries and a dead
+                server a minute or two, more where attempts time out or the server asks for pauses.
 
         Returns:
             True only if all of those logs were delivered. What was not stays queued.
@@ -2738,7 +2751,7 @@ class Client:
         from on_drop it does not wait. Calling it again does nothing. Any thread.
 
         Args:
-            timeout: seconds for the flush; None waits for the outcome.
+            timeout: seconds for the flush, 0 to 86,400; None waits for the outcome, see flush.
 
         Returns:
             True only if everything was delivered.
@@ -2750,20 +2763,20 @@ class Client:
         """Do the same as close()."""
         return self.close()
 
-    def send_logs(self, entries: Iterable[Log]) -> None:
+    def send_logs(self, entries: Iterable[Log] | Log) -> None:
         """Deliver logs now, in this thread, past the queue and the spool.
 
         POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated attempts
         per request; close() cuts the waits short.
 
         Args:
-            entries: Logs. When a request fails, those before it were delivered and those after it not sent.
+            entries: Logs, or one. When a request fails, those before it were delivered and those after it not sent.
 
         Raises:
             ChirrOpValidationError: an entry is not a Log; nothing was sent.
             ChirrOpError: a request failed for good; see the subclasses.
         """
-        logs = list(entries)
+        logs = [entries] if isinstance(entries, Log) else list(entries)
         for entry in logs:
             if not isinstance(entry, Log):
                 raise ChirrOpValidationError(f"entries must be Logs, got {_show(entry)}")
@@ -2808,7 +2821,7 @@ class Client:
         """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
 
         Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched.
+        invocation. The handler's result and errors pass through untouched; 0.2 s are left for the return itself.
         """
         import functools
 
@@ -2873,7 +2886,7 @@ class Client:
             ChirrOpError: the client is disabled.
         """
         if self.config.disabled and not self.config.api_key:
-            raise ChirrOpError("the client is disabled: control-plane calls need a key")
+            raise ChirrOpError("the client is disabled, by disabled=True or CHIRROP_DISABLED, and has no key")
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
         segments = path.strip("/").split("/") if isinstance(path, str) else [""]
@@ -4122,7 +4135,7 @@ def _event_named(client: Client, args: Any) -> Event:
         return client.get_event(args.event)
     event = client.find_event(args.event, args.agent)
     if event is None:
-        raise ChirrOpNotFoundError("there is no such event; `chirrop events` lists them")
+        raise ChirrOpNotFoundError(f"there is no event {_show(args.event)}; `chirrop events` lists them")
     return event
 
 
@@ -4177,6 +4190,8 @@ def _cmd_log(args: Any) -> int:
         if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
             raise ChirrOpValidationError("`log -` reads whole logs from standard input, and takes nothing else")
         return _log_lines(args)
+    if args.value is None:
+        raise ChirrOpValidationError("`log EVENT` needs a VALUE")
     meta = None if args.meta is None else _parsed("--meta", args.meta)
     entry = Log(args.event, args.value, args.agent, args.log_id, meta, args.occurred_at)
     with new_client(retries=3) as client:
@@ -4446,7 +4461,8 @@ def _arguments(argv: list[str] | None) -> Any:
             ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
         (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
         (_cmd_doctor, "find out why nothing arrives; sends no log", []),
-        (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [("--port", {"type": int, "default": 0})]),
+        (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [
+            ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0 takes a free one"})]),
     ]  # fmt: skip
     for run, about, arguments in table:
         command = commands.add_parser(run.__name__[5:], help=about, description=about)

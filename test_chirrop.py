@@ -6296,7 +6296,7 @@ class CommandLineTest(CommandLineCase):
         self.send(1, agent="a")
         self.send(1, agent="b")
         self.assertIn("agent must be given", self.cli("rollups", "tool.errors.count", status=2)[1])
-        self.assertIn("no such event", self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1])
+        self.assertIn("there is no event", self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1])
         self.assertIn("404", self.cli("rollups", "00000000-0000-4000-8000-000000000000", status=1)[1])
 
     def test_analytics_compare_two_windows(self):
@@ -6360,7 +6360,7 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual((loaded.stdout, loaded.stderr), ("False False\n", ""))
 
     def test_sandbox_serves_until_interrupted(self):
-        served = self.start("sandbox")
+        served = self.start("sandbox", "--port", "0")
         lines = [served.stdout.readline().decode() for _ in range(2)]
         variables = dict(line.split()[1].split("=") for line in lines)
         self.assertEqual(sorted(variables), ["CHIRROP_API_ENDPOINT", "CHIRROP_SERVICER_ENDPOINT"])
@@ -6522,7 +6522,7 @@ class CommandLineTerminalTest(CommandLineCase):
                 with self.subTest(args, columns=columns):
                     self.assertIn("\n", self.terminal(columns, *args))
             with self.subTest("an error", columns=columns):
-                self.terminal(columns, "rollups", "no such event", status=1)
+                self.terminal(columns, "rollups", "there is no event", status=1)
 
     def test_ids_are_whole_in_a_narrow_terminal(self):
         self.send(1, agent="billing")
