@@ -2316,6 +2316,7 @@ class _TimedSocket(io.RawIOBase):
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock, self._deadline, self.ended = sock, deadline, False
+        self._armed_at = time.monotonic()  # the socket's own time-out was set just before
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -2325,10 +2326,12 @@ class _TimedSocket(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if now >= self._deadline:
             raise TimeoutError("the answer did not end in time")
-        self._sock.settimeout(left)
+        if now - self._armed_at > 0.05:  # setting it gives up the GIL, which a busy application is slow to return
+            self._sock.settimeout(self._deadline - now)
+            self._armed_at = now
         count: int | None = self._raw.readinto(buffer)
         self.ended = count == 0
         return count
