@@ -1773,7 +1773,6 @@ class _Outbox:
     def _settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> list[_Drop]:
         if batch not in self._flying:
             return []  # close() has given it up meanwhile
-        del self._flying[batch]
         self.last_error = error or self.last_error
         drops: list[_Drop] = []
         # Disk before account, account before the waiting callers: a crash between them repeats a log
@@ -1789,6 +1788,7 @@ class _Outbox:
             drops = self._refuse(batch, error)
         else:
             drops = self._split(batch, error)
+        del self._flying[batch]  # only now: a Ctrl-C in the buffer's commit must find it there for another attempt
         if verdict != _RETRY:
             self._failures = 0
         drops += self.losses()

@@ -6732,6 +6732,23 @@ class HostileTest(TestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(client.stats().delivered, 1)
 
+    def test_an_interruption_while_a_delivery_is_noted_loses_no_log(self):
+        for name, status in (("remove", 200), ("park", 401), ("bury", 400)):
+            with self.subTest(name):
+                client = self.client(transport=FakeTransport(status))
+                buffer, original, armed = client._outbox.buffer, getattr(client._outbox.buffer, name), [True]
+
+                def interrupted(*args, original=original, armed=armed):
+                    if armed:
+                        armed.clear()
+                        raise KeyboardInterrupt
+                    return original(*args)
+
+                setattr(buffer, name, interrupted)
+                client.log(Log("a", 1))
+                self.assertTrue(client.flush(LONG))
+                self.assertEqual(self.assertBalanced(client).delivered, 1)
+
     def test_a_cycle_in_meta_does_not_overflow_the_stack_of_a_small_thread(self):
         code = (
             "import threading, chirrop\n"
