@@ -64,15 +64,27 @@ MAX_META_BYTES = 1024  # of encoded JSON: the service's limit
 MAX_META_KEYS = 10  # top-level keys of an object: the service's limit
 MAX_AGE_SECONDS = 30 * 86400.0  # of occurred_at: the service's limit
 MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
-MAX_ANSWER_BYTES = 16 * 1024 * 1024  # far above any real answer; keeps a wrong host from filling memory
-MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is parsed for its message and kept in an error
+MAX_ANSWER_BYTES = (
+    16 * 1024 * 1024
+)  # far above any real answer; keeps a wrong host from filling memory
+MAX_ERROR_BYTES = (
+    65536  # of an answer other than 2xx: what is parsed for its message and kept in an error
+)
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
 MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
-MAX_SERVICER_WAIT = 30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
-BACKOFF_BASE = 1.0  # seconds: the widest wait after the first failure, doubled with each further one
+MAX_SERVICER_WAIT = (
+    30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
+)
+BACKOFF_BASE = (
+    1.0  # seconds: the widest wait after the first failure, doubled with each further one
+)
 BACKOFF_CAP = 30.0  # seconds
-MAX_IDLE_SECONDS = 50.0  # of a kept connection: below the 60 s after which common load balancers close it
-REPORT_SECONDS = 60.0  # between two log records about drops, so that a storm makes a handful of them
+MAX_IDLE_SECONDS = (
+    50.0  # of a kept connection: below the 60 s after which common load balancers close it
+)
+REPORT_SECONDS = (
+    60.0  # between two log records about drops, so that a storm makes a handful of them
+)
 SPOOL_RETRY_SECONDS = 30.0  # between two tries of a spool file that failed
 DEFAULT_API_ENDPOINT = "https://logs.chirrop.com/v1.0/logs"
 DEFAULT_SERVICER_ENDPOINT = "https://api.chirrop.com/v1.0"
@@ -225,7 +237,9 @@ if TYPE_CHECKING:
 
     # One attempt, no retries: transport(method, url, body, headers, timeout) -> (status, body, headers).
     # Any status is returned; a network failure is raised as an OSError.
-    Transport = Callable[[str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]]
+    Transport = Callable[
+        [str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]
+    ]
     _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -250,7 +264,12 @@ class ChirrOpError(Exception):
     """
 
     def __init__(
-        self, message: str = "", *, status_code: int = 0, body: Any = None, retry_after: float | None = None
+        self,
+        message: str = "",
+        *,
+        status_code: int = 0,
+        body: Any = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
@@ -343,13 +362,19 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
         except Exception:  # the application's own exception class
             quoted = True
         link = link.__cause__ or link.__context__
-    return ConnectionError(f"{type(exc).__name__}, whose text is withheld: it quotes the API key") if quoted else exc
+    return (
+        ConnectionError(f"{type(exc).__name__}, whose text is withheld: it quotes the API key")
+        if quoted
+        else exc
+    )
 
 
 def _masked(content: bytes, key: str) -> bytes:
     """Return the beginning of an error's body without the key, however JSON escapes it: some servers echo it."""
     content = content[:MAX_ERROR_BYTES]
-    if content.count(b"[") + content.count(b"{") > 1000:  # deep enough to overflow a small thread's stack
+    if (
+        content.count(b"[") + content.count(b"{") > 1000
+    ):  # deep enough to overflow a small thread's stack
         content = content[:1000]
     if b"\\u" in content:
         try:
@@ -502,12 +527,16 @@ def _encode_json(name: str, value: object) -> bytes:
             reason = f"{type(exc).__name__}: {exc}"[:200]
         except Exception:
             pass
-        raise ChirrOpValidationError(f"{name} must be JSON-encodable, got {type(value).__name__}: {reason}") from None
+        raise ChirrOpValidationError(
+            f"{name} must be JSON-encodable, got {type(value).__name__}: {reason}"
+        ) from None
 
 
 def _encode_meta(meta: object) -> str:
     if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
-        raise ChirrOpValidationError(f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}")
+        raise ChirrOpValidationError(
+            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}"
+        )
     try:
         flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
         text = "".join(_pieces(meta, 0)) if flat else _encode_text(meta)
@@ -516,12 +545,20 @@ def _encode_meta(meta: object) -> str:
     if len(text) > MAX_META_BYTES // 4:  # a character takes at most 4 bytes
         size = len(_encode_json("meta", meta))
         if size > MAX_META_BYTES:
-            raise ChirrOpValidationError(f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}")
+            raise ChirrOpValidationError(
+                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}"
+            )
     return text
 
 
 def _encode_log(
-    now: float, event: object, value: Any, agent: object, log_id: object, meta: object, occurred_at: object
+    now: float,
+    event: object,
+    value: Any,
+    agent: object,
+    log_id: object,
+    meta: object,
+    occurred_at: object,
 ) -> bytes:
     """Return the wire form of one log; every rule of the service is checked here.
 
@@ -545,7 +582,9 @@ def _encode_log(
     if occurred_at is not None:
         at = _check_time(occurred_at, now)
     text = f'{{"log_id":"{new_id}","event":{_quote(event)},"value":{value!r},"occurred_at":"{at}"'
-    if agent is not None and (agent := agent.strip() if type(agent) is str else _trimmed("agent", agent)):
+    if agent is not None and (
+        agent := agent.strip() if type(agent) is str else _trimmed("agent", agent)
+    ):
         text += f',"agent":{_quote(agent)}'
     if meta is not None:
         text += f',"meta":{_encode_meta(meta)}'
@@ -715,7 +754,9 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     except (ValueError, TypeError, AttributeError):
         pass
     # User info may be a password: only the rule is shown, not the URL.
-    raise ChirrOpValidationError(f"{name} must be an absolute http or https URL without user info, query or fragment")
+    raise ChirrOpValidationError(
+        f"{name} must be an absolute http or https URL without user info, query or fragment"
+    )
 
 
 def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int:
@@ -727,7 +768,12 @@ def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int
 
 def _seconds(name: str, value: Any, *, zero: bool = True) -> float:
     """Return a duration of at most a day: longer waits overflow in some of the standard library."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 86400 and (value or zero):
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 <= value <= 86400
+        and (value or zero)
+    ):
         return float(value)
     start = "from 0" if zero else "above 0 and"
     raise ChirrOpValidationError(f"{name} must be seconds {start} up to 86400, got {_show(value)}")
@@ -736,7 +782,9 @@ def _seconds(name: str, value: Any, *, zero: bool = True) -> float:
 def _choice(name: str, value: object, allowed: Iterable[str]) -> Any:
     """Return `value` if it is one of a closed vocabulary; nothing has been sent when it is not."""
     if not isinstance(value, str) or value not in allowed:
-        raise ChirrOpValidationError(f"{name} must be one of {', '.join(allowed)}, got {_show(value)}")
+        raise ChirrOpValidationError(
+            f"{name} must be one of {', '.join(allowed)}, got {_show(value)}"
+        )
     return value
 
 
@@ -754,7 +802,9 @@ def _checked_level(value: object) -> int:
         number = logging.getLevelName(value.strip().upper())
         value = number if isinstance(number, int) else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ChirrOpValidationError(f"log_level must be the number or the name of a logging level, got {_show(value)}")
+        raise ChirrOpValidationError(
+            f"log_level must be the number or the name of a logging level, got {_show(value)}"
+        )
     return value
 
 
@@ -818,12 +868,22 @@ class Config:
         if ssl_context is not None:
             import ssl
 
-            _optional("ssl_context", ssl_context, "an ssl.SSLContext", isinstance(ssl_context, ssl.SSLContext))
+            _optional(
+                "ssl_context",
+                ssl_context,
+                "an ssl.SSLContext",
+                isinstance(ssl_context, ssl.SSLContext),
+            )
         self.__dict__.update(
             api_key=_Secret("") if off and not api_key else _checked_key(api_key),
-            api_endpoint=_checked_endpoint("api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
+            api_endpoint=_checked_endpoint(
+                "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
+            ),
             servicer_endpoint=_checked_endpoint(
-                "servicer_endpoint", servicer_endpoint, "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT
+                "servicer_endpoint",
+                servicer_endpoint,
+                "CHIRROP_SERVICER_ENDPOINT",
+                DEFAULT_SERVICER_ENDPOINT,
             ),
             retries=_integer("retries", retries, 0),
             timeout=_seconds("timeout", timeout, zero=False),
@@ -837,7 +897,9 @@ class Config:
             exit_timeout=_seconds("exit_timeout", exit_timeout),
             transport=_optional("transport", transport, "callable", callable(transport)),
             ssl_context=ssl_context,
-            spool=_optional("spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")),
+            spool=_optional(
+                "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
+            ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
             disabled=off,
         )
@@ -908,11 +970,15 @@ class _Memory(deque):  # type: ignore[type-arg]
     put = deque.append
 
     def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
-        items = [self.popleft() for _ in range(min(limit, len(self)))]  # only ever called by one thread
+        items = [
+            self.popleft() for _ in range(min(limit, len(self)))
+        ]  # only ever called by one thread
         return [], items
 
     def adopt(self, *_: object) -> bool:
-        return False  # nothing to do, nothing that outlives the process, and no lock to be inside of
+        return (
+            False  # nothing to do, nothing that outlives the process, and no lock to be inside of
+        )
 
     bury = park = give_back = close = entered = is_open = before_fork = after_fork_in_parent = adopt
     remove = adopt  # type: ignore[assignment]
@@ -921,7 +987,9 @@ class _Memory(deque):  # type: ignore[type-arg]
 
 # Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
 # client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
-_OWNER_BITS = 36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
+_OWNER_BITS = (
+    36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
+)
 _SPOOL_VERSION = 1
 _SQL_TABLES = (
     # state: 0 queued, 1 parked, 2 dead letter, which alone has an error
@@ -940,7 +1008,9 @@ _SQL_FORGET = (
     f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
 )
 
-_abandoned: list[Any] = []  # SQLite connections of a parent process: closing them here would harm the parent
+_abandoned: list[
+    Any
+] = []  # SQLite connections of a parent process: closing them here would harm the parent
 _FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's transaction or import
 
 
@@ -994,12 +1064,18 @@ class SqliteSpool:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], max_bytes: int = 0, *, synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
+        self,
+        path: str | os.PathLike[str],
+        max_bytes: int = 0,
+        *,
+        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
     ) -> None:
         try:
             import sqlite3
         except ImportError as exc:
-            raise ChirrOpError(f"SqliteSpool needs the sqlite3 module, which this Python lacks: {exc}") from exc
+            raise ChirrOpError(
+                f"SqliteSpool needs the sqlite3 module, which this Python lacks: {exc}"
+            ) from exc
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
         self._sqlite3 = sqlite3
@@ -1015,10 +1091,14 @@ class SqliteSpool:
         self._lock = threading.RLock()
         self._inbox: deque[bytes] = deque()
         self._inside = False  # a transaction is open: what re-enters now must wait in the inbox
-        self._generation = 0  # counts the files moved aside: keys of an older one mean nothing in this one
+        self._generation = (
+            0  # counts the files moved aside: keys of an older one mean nothing in this one
+        )
         self._conn: Any = None
         self._holder, self._guard, self._inode = "", -1, -1
-        self._owners: list[list[int]] = []  # [id of the last row taken, end of the range]: adopted first, own last
+        self._owners: list[
+            list[int]
+        ] = []  # [id of the last row taken, end of the range]: adopted first, own last
         self._last_id = 0
         self._stored = 0  # rows of our owners that wait in the file
         self.lost = 0
@@ -1046,7 +1126,9 @@ class SqliteSpool:
             conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
             try:
                 conn.execute("BEGIN IMMEDIATE" if remove else "BEGIN")
-                rows = conn.execute("SELECT body, error FROM logs WHERE state = 2 ORDER BY id").fetchall()
+                rows = conn.execute(
+                    "SELECT body, error FROM logs WHERE state = 2 ORDER BY id"
+                ).fetchall()
                 if remove:
                     conn.execute("DELETE FROM logs WHERE state = 2")
                 conn.execute("COMMIT")
@@ -1064,7 +1146,9 @@ class SqliteSpool:
     def put(self, data: bytes) -> None:
         """Commit one log before returning; threads that wait for the file share the next commit."""
         if self.max_bytes and self._transact(self._is_full):
-            raise ChirrOpQueueFullError(f"spool is full: {self.path} has reached {self.max_bytes} bytes")
+            raise ChirrOpQueueFullError(
+                f"spool is full: {self.path} has reached {self.max_bytes} bytes"
+            )
         self._inbox.append(data)
         self._commit()
 
@@ -1075,7 +1159,10 @@ class SqliteSpool:
             return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
         with self._lock:
             if self._may_write():
-                return [], []  # what is in the inbox now will be committed by the thread that put it there
+                return (
+                    [],
+                    [],
+                )  # what is in the inbox now will be committed by the thread that put it there
             return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
 
     def adopt(self) -> None:
@@ -1111,7 +1198,9 @@ class SqliteSpool:
         rows = [(*values, row) for generation, row in keys if generation == self._generation]
         if rows:
             self._transact(lambda conn: conn.executemany(sql, rows))
-        return bool(rows) and keys[0][0] == self._generation  # unless the file turned out to be damaged
+        return (
+            bool(rows) and keys[0][0] == self._generation
+        )  # unless the file turned out to be damaged
 
     def close(self) -> None:
         """Leave what waits to the next client on this file, and close it."""
@@ -1172,7 +1261,9 @@ class SqliteSpool:
             _abandoned.append(conn)
             self._retry_at = math.inf
             self._warned = True
-            self.warn(f"spool {self.path} was in use when this process was forked, keeping new logs in memory")
+            self.warn(
+                f"spool {self.path} was in use when this process was forked, keeping new logs in memory"
+            )
 
     # Inside: every access to the file goes through _transact, under the lock.
 
@@ -1270,7 +1361,8 @@ class SqliteSpool:
 
     def _is_full(self, conn: Any) -> bool:
         size, pages, free = (
-            conn.execute(f"PRAGMA {name}").fetchall()[0][0] for name in ("page_size", "page_count", "freelist_count")
+            conn.execute(f"PRAGMA {name}").fetchall()[0][0]
+            for name in ("page_size", "page_count", "freelist_count")
         )
         # Four pages of reserve: one log may split pages up to the root.
         return bool((pages - free + 4) * size > self.max_bytes)
@@ -1284,7 +1376,9 @@ class SqliteSpool:
         found = os.stat(self.path)
         self._inode = found.st_ino
         if found.st_mode & 0o077 and os.name == "posix":
-            os.chmod(self.path, found.st_mode & 0o700)  # the logs are nobody else's; another user's file is refused
+            os.chmod(
+                self.path, found.st_mode & 0o700
+            )  # the logs are nobody else's; another user's file is refused
         conn = self._connect()
         try:
             # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
@@ -1294,7 +1388,9 @@ class SqliteSpool:
             self._holder = os.urandom(8).hex()
             self._guard = _lock_file(f"{self.path}-{self._holder}.lock")
             taken = self._take_over(conn, opening=True)
-            owner = conn.execute("INSERT INTO owners (holder) VALUES (?)", (self._holder,)).lastrowid
+            owner = conn.execute(
+                "INSERT INTO owners (holder) VALUES (?)", (self._holder,)
+            ).lastrowid
             conn.execute("COMMIT")
         except BaseException:
             self._drop_connection()
@@ -1307,7 +1403,9 @@ class SqliteSpool:
         self._retry_at = 0.0
 
     def _connect(self) -> Any:
-        conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        conn = self._sqlite3.connect(
+            self.path, timeout=5.0, isolation_level=None, check_same_thread=False
+        )
         try:
             version = conn.execute("PRAGMA user_version").fetchall()[0][0]
             if version not in (0, _SPOOL_VERSION):
@@ -1329,7 +1427,9 @@ class SqliteSpool:
         Returns the ranges of ids, with the number of logs that wait in each; they count once this is committed.
         """
         taken = []
-        others = conn.execute("SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id", (self._holder,))
+        others = conn.execute(
+            "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id", (self._holder,)
+        )
         for owner, holder in others.fetchall():
             if not (opening if holder is None else self._is_dead(holder)):
                 continue
@@ -1352,7 +1452,9 @@ class SqliteSpool:
     @staticmethod
     def _unlock(name: str, fd: int) -> None:
         try:
-            os.unlink(name)  # before the lock is given up: nobody else must find the file and lock it
+            os.unlink(
+                name
+            )  # before the lock is given up: nobody else must find the file and lock it
         except OSError:
             pass  # Windows cannot; the next client that looks finds nobody alive all the same
         os.close(fd)
@@ -1388,11 +1490,16 @@ class SqliteSpool:
         damaged = (
             type(exc) in (sqlite3.DatabaseError, sqlite3.IntegrityError, OverflowError, TypeError)
             or isinstance(exc, UnicodeError)
-            or (isinstance(exc, sqlite3.OperationalError) and any(w in text for w in ("no such", "malformed", "UTF-8")))
+            or (
+                isinstance(exc, sqlite3.OperationalError)
+                and any(w in text for w in ("no such", "malformed", "UTF-8"))
+            )
         )
         if damaged:
             self._set_aside()
-        self._retry_at = 0.0 if damaged and not self._warned else time.monotonic() + SPOOL_RETRY_SECONDS
+        self._retry_at = (
+            0.0 if damaged and not self._warned else time.monotonic() + SPOOL_RETRY_SECONDS
+        )
         if not self._warned:
             self._warned = True
             self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {text}")
@@ -1403,11 +1510,17 @@ class SqliteSpool:
         self.lost += self._stored
         self._stored = 0
         try:
-            if self._inode in (-1, os.stat(self.path).st_ino):  # else another process has done it already
+            if self._inode in (
+                -1,
+                os.stat(self.path).st_ino,
+            ):  # else another process has done it already
                 stamp = time.strftime("%Y%m%dT%H%M%S")
                 for suffix in ("", "-wal", "-shm"):
                     if os.path.isfile(self.path + suffix):
-                        os.replace(self.path + suffix, f"{self.path}.damaged-{stamp}-{os.urandom(2).hex()}{suffix}")
+                        os.replace(
+                            self.path + suffix,
+                            f"{self.path}.damaged-{stamp}-{os.urandom(2).hex()}{suffix}",
+                        )
         except OSError:
             pass
 
@@ -1497,7 +1610,9 @@ class _Answer:
 
     def never_sent(self) -> bool:
         """Tell whether the request certainly did not reach the server: no connection was made."""
-        return isinstance(self.cause, ConnectionRefusedError) or getattr(self.cause, "never_sent", False)
+        return isinstance(self.cause, ConnectionRefusedError) or getattr(
+            self.cause, "never_sent", False
+        )
 
     def error(self) -> ChirrOpError:
         """Return the exception that stands for an answer other than 2xx."""
@@ -1545,7 +1660,9 @@ if TYPE_CHECKING:
         last_error: Optional[ChirrOpError]
 
 else:
-    _Account = namedtuple("_Account", "accepted delivered dropped queued in_flight parked retries last_error")
+    _Account = namedtuple(
+        "_Account", "accepted delivered dropped queued in_flight parked retries last_error"
+    )
 
 
 class Stats(_Account):
@@ -1575,7 +1692,9 @@ class _Batch:
 
     __slots__ = ("first", "keys", "items", "attempts", "not_before", "era", "spent")
 
-    def __init__(self, first: int, keys: list[Any], items: list[bytes], spent: list[int] | None = None) -> None:
+    def __init__(
+        self, first: int, keys: list[Any], items: list[bytes], spent: list[int] | None = None
+    ) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.keys, self.items = keys, items
         self.attempts, self.not_before, self.era = 0, 0.0, 0
@@ -1622,7 +1741,9 @@ class _Flush:
         self.bell.ring()
 
 
-_Drop = namedtuple("_Drop", "reason count items error")  # items: none where nobody can read them any more
+_Drop = namedtuple(
+    "_Drop", "reason count items error"
+)  # items: none where nobody can read them any more
 
 _NOTHING: tuple[_Drop, ...] = ()
 
@@ -1631,8 +1752,12 @@ class _Outbox:
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
         self._bounded = config.queue_size > 0
-        self.on_ready: Callable[[], None] = lambda: None  # called once when enough logs wait for a sender
-        self.patience: Callable[[], float] = lambda: 0.0  # seconds that this thread may wait for room
+        self.on_ready: Callable[[], None] = lambda: (
+            None
+        )  # called once when enough logs wait for a sender
+        self.patience: Callable[[], float] = lambda: (
+            0.0
+        )  # seconds that this thread may wait for room
         self._reset()
 
     def _reset(self) -> None:
@@ -1650,10 +1775,14 @@ class _Outbox:
         self._taken = 0  # logs that have left the buffer
         self._direct = self._delivered = self._parked = self._retries = 0
         self._dropped: dict[str, int] = {}
-        self._losses: list[_Drop] = []  # accounted for, to be reported with the next answer, flush or close
+        self._losses: list[
+            _Drop
+        ] = []  # accounted for, to be reported with the next answer, flush or close
         self.last_error: ChirrOpError | None = None
         self._room = _Bell()  # rung and replaced when there may be room
-        self.closed = self.stopped = False  # closed: takes no more logs; stopped: sends no more either
+        self.closed = self.stopped = (
+            False  # closed: takes no more logs; stopped: sends no more either
+        )
         # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
         # once more and waits, so that between the two no log goes unseen.
         self.wake_at: float = 1
@@ -1687,7 +1816,9 @@ class _Outbox:
             if room is None:
                 return
             if not room.wait(max(0.0, deadline - time.monotonic())):
-                raise ChirrOpQueueFullError(f"queue is full: {self._config.queue_size} logs are waiting to be sent")
+                raise ChirrOpQueueFullError(
+                    f"queue is full: {self._config.queue_size} logs are waiting to be sent"
+                )
             room.ring()  # for the next caller that waits
 
     @_locked
@@ -1770,7 +1901,9 @@ class _Outbox:
         return self._settle(batch, verdict, None if verdict == _DELIVERED else answer.error(), now)
 
     @_locked
-    def _settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> list[_Drop]:
+    def _settle(
+        self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float
+    ) -> list[_Drop]:
         if batch not in self._flying:
             return []  # close() has given it up meanwhile
         self.last_error = error or self.last_error
@@ -1788,7 +1921,9 @@ class _Outbox:
             drops = self._refuse(batch, error)
         else:
             drops = self._split(batch, error)
-        del self._flying[batch]  # only now: a Ctrl-C in the buffer's commit must find it there for another attempt
+        del self._flying[
+            batch
+        ]  # only now: a Ctrl-C in the buffer's commit must find it there for another attempt
         if verdict != _RETRY:
             self._failures = 0
         drops += self.losses()
@@ -1800,7 +1935,9 @@ class _Outbox:
         if batch.era == self._failures:
             self._failures += 1
         self.width = 1
-        self._resume_at = max(self._resume_at, now + _backoff(self._failures, error.retry_after, self._rand))
+        self._resume_at = max(
+            self._resume_at, now + _backoff(self._failures, error.retry_after, self._rand)
+        )
         if batch.attempts > self._config.retries:
             if self._config.on_exhausted == "drop":
                 return self._drop(batch, "exhausted", error)
@@ -1830,7 +1967,9 @@ class _Outbox:
         self._blemish(batch)
         return self._lose(reason, len(batch.items), batch.items, error)
 
-    def _lose(self, reason: str, count: int, items: list[bytes], error: ChirrOpError) -> list[_Drop]:
+    def _lose(
+        self, reason: str, count: int, items: list[bytes], error: ChirrOpError
+    ) -> list[_Drop]:
         self._dropped[reason] = self._dropped.get(reason, 0) + count
         return [_Drop(reason, count, items, error)]
 
@@ -1848,7 +1987,9 @@ class _Outbox:
             self._taken += lost
             for flush in self._flushes:
                 flush.clean = False
-            self._losses += self._lose("damaged", lost, [], ChirrOpError("they are in a damaged spool file"))
+            self._losses += self._lose(
+                "damaged", lost, [], ChirrOpError("they are in a damaged spool file")
+            )
             self._tell()
 
     # Flush and close.
@@ -1879,7 +2020,9 @@ class _Outbox:
 
     def _tell(self, exhausted: bool = False) -> None:
         """Wake callers: of a flush that is over, and those who wait for room."""
-        first = min((b.first for group in (self._front, self._flying) for b in group), default=self._taken)
+        first = min(
+            (b.first for group in (self._front, self._flying) for b in group), default=self._taken
+        )
         for flush in list(self._flushes):
             over = self.stopped or (self._taken >= flush.mark and first >= flush.mark)
             if over or exhausted:
@@ -1912,7 +2055,11 @@ class _Outbox:
         """Drop what waits in memory after the end."""
         _, items = self.buffer.take(sys.maxsize)
         self._taken += len(items)
-        return self._lose("closed", len(items), items, ChirrOpError("not sent before close")) if items else []
+        return (
+            self._lose("closed", len(items), items, ChirrOpError("not sent before close"))
+            if items
+            else []
+        )
 
     @_locked
     def held(self) -> int:
@@ -2041,7 +2188,11 @@ class _Sender:
     """The threads that carry out what the outbox decides, and what callers wait for: flush and close."""
 
     def __init__(
-        self, outbox: _Outbox, link: _Link, config: Config, clock: Callable[[], float] = time.monotonic
+        self,
+        outbox: _Outbox,
+        link: _Link,
+        config: Config,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(config)
@@ -2053,14 +2204,20 @@ class _Sender:
     def _reset(self) -> None:
         self._lock = threading.RLock()  # guards _threads
         self._threads: list[threading.Thread] = []
-        self._lead = threading.Lock()  # held by the one thread that waits for work; the others queue for it
+        self._lead = (
+            threading.Lock()
+        )  # held by the one thread that waits for work; the others queue for it
         self._bell = _Bell()  # wakes the leader
         self._waiting = False  # the leader waits for the bell, or is about to look a last time
-        self._inside: set[int] = set()  # threads in which flush and close must not wait for themselves
+        self._inside: set[int] = (
+            set()
+        )  # threads in which flush and close must not wait for themselves
         self._sending: set[int] = set()  # those of them that are in a request now
         self._reporter: threading.Thread | None = None
         self.pid = os.getpid()
-        self.closing = threading.Event()  # cuts short the waits of send_logs and control-plane calls
+        self.closing = (
+            threading.Event()
+        )  # cuts short the waits of send_logs and control-plane calls
         self._clean = True
 
     def _patience(self) -> float:
@@ -2103,11 +2260,15 @@ class _Sender:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             if _exiting or len(self._threads) >= self.outbox.width:
                 return
-            thread = threading.Thread(target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True)
+            thread = threading.Thread(
+                target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True
+            )
             try:
                 thread.start()
                 self._threads.append(thread)
-            except RuntimeError:  # no threads to be had: flush, close and exit send in their own thread
+            except (
+                RuntimeError
+            ):  # no threads to be had: flush, close and exit send in their own thread
                 self.outbox.wake_at = 1
 
     def _run(self) -> None:
@@ -2122,7 +2283,9 @@ class _Sender:
                 if batch is None:
                     break
                 self._deliver(batch, self._config.timeout)
-            except BaseException as exc:  # a bug of ours, or no memory: a sender goes on whatever happens
+            except (
+                BaseException
+            ) as exc:  # a bug of ours, or no memory: a sender goes on whatever happens
                 self.report.note_once(_ERROR, f"sender failed: {type(exc).__name__}: {exc}")
                 self.closing.wait(1.0)
         self._inside.discard(threading.get_ident())
@@ -2172,7 +2335,9 @@ class _Sender:
         if self._reporter is not None and self._reporter.is_alive():
             return
         try:
-            self._reporter = threading.Thread(target=self.report.write, name="chirrop-reporter", daemon=True)
+            self._reporter = threading.Thread(
+                target=self.report.write, name="chirrop-reporter", daemon=True
+            )
             self._reporter.start()
         except RuntimeError:  # the interpreter is shutting down: close() writes the rest
             pass
@@ -2242,7 +2407,9 @@ class _Sender:
         self._bell.ring()  # for the leader; the others see that the outbox is stopped
         inside = threading.get_ident() in self._inside
         for thread in [] if inside else self._threads:
-            if thread.ident not in self._sending:  # idle: ends at once. One in a request ends after it
+            if (
+                thread.ident not in self._sending
+            ):  # idle: ends at once. One in a request ends after it
                 thread.join(1.0)
         self._link.close()
         if not inside:
@@ -2297,7 +2464,9 @@ def _after_fork() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork
+    )
 
 
 # ---- Transport ------------------------------------------------------------
@@ -2329,7 +2498,9 @@ class _TimedSocket(io.RawIOBase):
         now = time.monotonic()
         if now >= self._deadline:
             raise TimeoutError("the answer did not end in time")
-        if now - self._armed_at > 0.05:  # setting it gives up the GIL, which a busy application is slow to return
+        if (
+            now - self._armed_at > 0.05
+        ):  # setting it gives up the GIL, which a busy application is slow to return
             self._sock.settimeout(self._deadline - now)
             self._armed_at = now
         count: int | None = self._raw.readinto(buffer)
@@ -2399,7 +2570,9 @@ class _UrllibTransport:
                 opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
                 opener.add_handler(urllib.request.ProxyHandler())
                 opener.add_handler(Handler())
-                opener.add_handler(urllib.request.UnknownHandler())  # refuses all but http and https
+                opener.add_handler(
+                    urllib.request.UnknownHandler()
+                )  # refuses all but http and https
                 self._opener = opener
         return self._opener
 
@@ -2413,7 +2586,9 @@ class _UrllibTransport:
             try:
                 return self._talk(connection, request, deadline, place)
             except OSError:  # closed by the server between two requests; nothing was answered
-                if time.monotonic() > deadline - 0.01:  # or a time-out, which Python 3.9 has two classes for
+                if (
+                    time.monotonic() > deadline - 0.01
+                ):  # or a time-out, which Python 3.9 has two classes for
                     raise
         return self._talk(self._connect(request, deadline), request, deadline, place)
 
@@ -2434,9 +2609,13 @@ class _UrllibTransport:
                 connection.send = parts.append
                 connection.request(request.get_method(), request.selector, request.data, headers)
                 del connection.send
-                connection.send(b"".join(parts))  # in one piece: http.client sends head and body apart
+                connection.send(
+                    b"".join(parts)
+                )  # in one piece: http.client sends head and body apart
             except (BrokenPipeError, ConnectionResetError):
-                unread = True  # the server may have answered before it stopped reading, with 413 for one
+                unread = (
+                    True  # the server may have answered before it stopped reading, with 413 for one
+                )
             response = connection.getresponse()
             while response.status < 200:  # http.client passes over 100 only
                 response.headers = None
@@ -2450,7 +2629,9 @@ class _UrllibTransport:
                 body = self._read(response)
             except (OSError, http.client.HTTPException) as exc:
                 failure = str(exc) or type(exc).__name__
-            if failure:  # raised out here, because an IncompleteRead holds what was read, up to 16 MiB
+            if (
+                failure
+            ):  # raised out here, because an IncompleteRead holds what was read, up to 16 MiB
                 # Not an OSError: the server has begun to answer, so this is not a connection found dead.
                 raise http.client.HTTPException(f"answer cut short: {failure}")
         except BaseException:
@@ -2478,7 +2659,11 @@ class _UrllibTransport:
     def _read(response: Any) -> bytes:
         if (response.length or 0) <= MAX_ANSWER_BYTES:
             # Of a given length without a limit, because read() alone notices that some of it is missing.
-            body: bytes = response.read() if response.length is not None else response.read(MAX_ANSWER_BYTES + 1)
+            body: bytes = (
+                response.read()
+                if response.length is not None
+                else response.read(MAX_ANSWER_BYTES + 1)
+            )
             if len(body) <= MAX_ANSWER_BYTES:
                 return body
         raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
@@ -2496,14 +2681,18 @@ class _UrllibTransport:
             if request._tunnel_host:
                 pass_on = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
                 connection.set_tunnel(request._tunnel_host, headers=pass_on)
-                connection.response_class = self._timed_response(deadline)  # for the proxy's answer to CONNECT
+                connection.response_class = self._timed_response(
+                    deadline
+                )  # for the proxy's answer to CONNECT
             try:
                 connection.connect()
             except BaseException:
                 connection.close()
                 raise
         except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise _NeverSent(f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}") from exc
+            raise _NeverSent(
+                f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}"
+            ) from exc
         return connection
 
     def _ssl_context(self) -> Any:
@@ -2512,9 +2701,13 @@ class _UrllibTransport:
                 try:
                     import ssl
                 except ImportError as exc:
-                    raise OSError(f"https needs the ssl module, which this Python lacks: {exc}") from exc
+                    raise OSError(
+                        f"https needs the ssl module, which this Python lacks: {exc}"
+                    ) from exc
                 self._context = ssl.create_default_context()
-                self._context.minimum_version = ssl.TLSVersion.TLSv1_2  # Python 3.9 leaves it to OpenSSL
+                self._context.minimum_version = (
+                    ssl.TLSVersion.TLSv1_2
+                )  # Python 3.9 leaves it to OpenSSL
                 self._context.set_alpn_protocols(["http/1.1"])
             return self._context
 
@@ -2568,7 +2761,9 @@ class _Link:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
 
-    def attempt(self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True) -> _Answer:
+    def attempt(
+        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
+    ) -> _Answer:
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -2578,13 +2773,21 @@ class _Link:
             answer: Any = self._transport(method, url, body, headers, timeout)
             status, content, fields = answer
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
-                raise TypeError(f"transport returned {type(status).__name__}, {type(content).__name__}")
+                raise TypeError(
+                    f"transport returned {type(status).__name__}, {type(content).__name__}"
+                )
             fields = {str(name): str(value) for name, value in fields.items()}
-        except BaseException as exc:  # a transport may be the application's; its errors end no sender
+        except (
+            BaseException
+        ) as exc:  # a transport may be the application's; its errors end no sender
             main = threading.current_thread() is threading.main_thread()
-            ours = isinstance(self._transport, _UrllibTransport)  # which raises nothing else than these
+            ours = isinstance(
+                self._transport, _UrllibTransport
+            )  # which raises nothing else than these
             if main and not isinstance(exc, (OSError, ValueError) if ours else Exception):
-                raise _without_key(exc, "") from None  # what a signal handler has raised, above all Ctrl-C
+                raise _without_key(
+                    exc, ""
+                ) from None  # what a signal handler has raised, above all Ctrl-C
             return _Answer(0, cause=_without_key(exc, self._key))
         if not 200 <= status < 300:
             content = _masked(bytes(content), self._key)
@@ -2595,7 +2798,9 @@ class _Link:
         import importlib
 
         names = ["email.utils", "http.client"]
-        if isinstance(self._transport, _UrllibTransport):  # urllib before ssl, which not every Python has
+        if isinstance(
+            self._transport, _UrllibTransport
+        ):  # urllib before ssl, which not every Python has
             names += ["select", "urllib.request", "encodings.idna", "ssl"]
         try:
             for name in names:
@@ -2632,7 +2837,12 @@ def _path(*segments: str) -> str:
     return "/" + "/".join(encoded)
 
 
-_POLICY_RULES = {"period": _PERIODS, "aggregate": _AGGREGATES, "condition": _CONDITIONS, "severity": _SEVERITIES}
+_POLICY_RULES = {
+    "period": _PERIODS,
+    "aggregate": _AGGREGATES,
+    "condition": _CONDITIONS,
+    "severity": _SEVERITIES,
+}
 _DESTINATION_RULES = {"channel": _CHANNELS}
 
 
@@ -2649,7 +2859,11 @@ def _payload(fields: object, rules: Mapping[str, Iterable[str]]) -> dict[Any, An
 def _is_repeatable(method: str, path: str) -> bool:
     """Tell whether a call may be made twice: reads, PUTs and the alert transitions."""
     parts = path.strip("/").split("/")
-    transition = parts[0] == "alerts" and parts[-1] in ("acknowledge", "resolve", "archive") and len(parts) == 3
+    transition = (
+        parts[0] == "alerts"
+        and parts[-1] in ("acknowledge", "resolve", "archive")
+        and len(parts) == 3
+    )
     return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
 
 
@@ -2671,7 +2885,9 @@ class Client:
     def __init__(self, config: Config | None = None) -> None:
         config = _hidden(config)  # it may be a key
         if config is not None and not isinstance(config, Config):
-            raise ChirrOpValidationError("the first argument must be a Config; a key is given as api_key=...")
+            raise ChirrOpValidationError(
+                "the first argument must be a Config; a key is given as api_key=..."
+            )
         self.config = config = config or Config()
         self._timeout, self._servicer_retries = config.timeout, config.servicer_retries
         self._link = _Link(config)
@@ -2788,7 +3004,9 @@ class Client:
         for start in range(0, len(logs), MAX_BATCH):
             items = [entry._body for entry in logs[start : start + MAX_BATCH]]
             body = b"[" + b",".join(items) + b"]"
-            self._attempts("POST", self.config.api_endpoint, body, self.config.retries, True, MAX_RETRY_AFTER)
+            self._attempts(
+                "POST", self.config.api_endpoint, body, self.config.retries, True, MAX_RETRY_AFTER
+            )
             self._outbox.count_direct(len(items))
 
     def stats(self) -> Stats:
@@ -2801,7 +3019,9 @@ class Client:
             _after_fork()
         return self._sender
 
-    def timer(self, event: str, agent: str | None = None, meta: dict[str, Any] | None = None) -> _Timer:
+    def timer(
+        self, event: str, agent: str | None = None, meta: dict[str, Any] | None = None
+    ) -> _Timer:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
         `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
@@ -2837,15 +3057,21 @@ class Client:
                 if sender.outbox.held():
                     try:
                         left = context.get_remaining_time_in_millis() / 1000
-                        sender.flush(max(0.0, min(left - 0.2, 86400.0)))  # 0.2 s for the return itself
+                        sender.flush(
+                            max(0.0, min(left - 0.2, 86400.0))
+                        )  # 0.2 s for the return itself
                     except Exception as exc:  # not a Lambda context
-                        sender.report.note(_ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}")
+                        sender.report.note(
+                            _ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}"
+                        )
 
         return run  # type: ignore[return-value]
 
     # The control plane.
 
-    def with_options(self, timeout: float | None = None, servicer_retries: int | None = None) -> Client:
+    def with_options(
+        self, timeout: float | None = None, servicer_retries: int | None = None
+    ) -> Client:
         """Return a view of this client whose control-plane calls have other limits.
 
         The view shares everything else: queue, threads, connections, account.
@@ -2863,7 +3089,9 @@ class Client:
             view._servicer_retries = _integer("servicer_retries", servicer_retries, 0)
         return view
 
-    def request(self, method: str, path: str, query: Mapping[str, Any] | None = None, body: object = None) -> Any:
+    def request(
+        self, method: str, path: str, query: Mapping[str, Any] | None = None, body: object = None
+    ) -> Any:
         """Make one control-plane call; every other method goes through this one.
 
         Blocks, in this thread, for at most `timeout` seconds per attempt, with up to `servicer_retries`
@@ -2889,15 +3117,23 @@ class Client:
             ChirrOpError: the client is disabled.
         """
         if self.config.disabled and not self.config.api_key:
-            raise ChirrOpError("the client is disabled, by disabled=True or CHIRROP_DISABLED, and has no key")
+            raise ChirrOpError(
+                "the client is disabled, by disabled=True or CHIRROP_DISABLED, and has no key"
+            )
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
         segments = path.strip("/").split("/") if isinstance(path, str) else [""]
         clean = all("!" <= c <= "~" and c not in "?#\\" for segment in segments for c in segment)
         if not clean or not {"", ".", ".."}.isdisjoint(segments):
-            raise ChirrOpValidationError(f"path must be encoded segments without a query, got {_show(path)}")
+            raise ChirrOpValidationError(
+                f"path must be encoded segments without a query, got {_show(path)}"
+            )
         url = f"{self.config.servicer_endpoint}/{path.strip('/')}"
-        pairs = [(k, str(v).lower() if isinstance(v, bool) else v) for k, v in (query or {}).items() if v is not None]
+        pairs = [
+            (k, str(v).lower() if isinstance(v, bool) else v)
+            for k, v in (query or {}).items()
+            if v is not None
+        ]
         if pairs:
             import urllib.parse
 
@@ -2905,7 +3141,12 @@ class Client:
         data = None if body is None else _encode_json("body", body)
         method = method.upper()
         answer = self._attempts(
-            method, url, data, self._servicer_retries, _is_repeatable(method, path), MAX_SERVICER_WAIT
+            method,
+            url,
+            data,
+            self._servicer_retries,
+            _is_repeatable(method, path),
+            MAX_SERVICER_WAIT,
         )
         if not answer.body.strip():
             return {}
@@ -2915,7 +3156,13 @@ class Client:
             raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from None
 
     def _attempts(
-        self, method: str, url: str, body: bytes | None, retries: int, repeatable: bool, longest: float
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        retries: int,
+        repeatable: bool,
+        longest: float,
     ) -> _Answer:
         """Return a 2xx answer, after up to `retries` further attempts, or raise."""
         timeout = self.config.timeout if url == self.config.api_endpoint else self._timeout
@@ -2927,7 +3174,9 @@ class Client:
             if verdict == _DELIVERED:
                 return answer
             error = answer.error()
-            again = verdict == _RETRY and (repeatable or answer.status == 429 or answer.never_sent())
+            again = verdict == _RETRY and (
+                repeatable or answer.status == 429 or answer.never_sent()
+            )
             if not again or attempt > retries or (error.retry_after or 0.0) > longest:
                 raise error
             if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
@@ -2994,7 +3243,9 @@ class Client:
             return exact[0] if exact else None
         if len(same) > 1:
             agents = ", ".join(sorted(str(found.get("agent")) for found in same))
-            raise ChirrOpValidationError(f"agent must be given, since several have an event {name!r}: {agents}")
+            raise ChirrOpValidationError(
+                f"agent must be given, since several have an event {name!r}: {agents}"
+            )
         return same[0]
 
     def get_event_logs(
@@ -3013,14 +3264,18 @@ class Client:
         query = {"period": _choice("period", period, _PERIODS), **_page(limit, offset)}
         return self.request("GET", _path("events", event_id, "logs"), query)  # type: ignore[no-any-return]
 
-    def iter_event_logs(self, event_id: str, period: Period, page_size: int = 100) -> Iterator[Rollup]:
+    def iter_event_logs(
+        self, event_id: str, period: Period, page_size: int = 100
+    ) -> Iterator[Rollup]:
         """Yield all of an event's rollups, fetching `page_size` of them at a time; see get_event_logs.
 
         GET /v1.0/events/{event_id}/logs
         """
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
-    def get_event_analytics(self, event_id: str, view: View, period: Window, previous: Previous) -> Analytics:
+    def get_event_analytics(
+        self, event_id: str, view: View, period: Window, previous: Previous
+    ) -> Analytics:
         """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
 
         GET /v1.0/events/{event_id}/analytics
@@ -3032,8 +3287,13 @@ class Client:
             previous: "previous_window", "previous_1d", "previous_7d" or "previous_1m"; not shorter than the
                 period, and "previous_window" rather than a window of the period's own length.
         """
-        query = {"view": _choice("view", view, _VIEWS), "period": _choice("period", period, _WINDOWS)}
-        query["previous"] = _choice(f"previous of period {period}", previous, _ANALYTICS_PAIRS[period])
+        query = {
+            "view": _choice("view", view, _VIEWS),
+            "period": _choice("period", period, _WINDOWS),
+        }
+        query["previous"] = _choice(
+            f"previous of period {period}", previous, _ANALYTICS_PAIRS[period]
+        )
         return self.request("GET", _path("events", event_id, "analytics"), query)  # type: ignore[no-any-return]
 
     # Policies.
@@ -3092,7 +3352,11 @@ class Client:
         return self.request("GET", _path("alerts", alert_id))  # type: ignore[no-any-return]
 
     def get_alert_deliveries(
-        self, alert_id: str, kind: DeliveryKind | None = None, limit: int | None = None, offset: int | None = None
+        self,
+        alert_id: str,
+        kind: DeliveryKind | None = None,
+        limit: int | None = None,
+        offset: int | None = None,
     ) -> list[Delivery]:
         """Return the attempts to deliver an alert to its destinations.
 
@@ -3209,7 +3473,9 @@ def _pages(fetch: Callable[[int], list[Any]]) -> Iterator[Any]:
 class _Timer:
     """Measure a block or the calls of a function; see Client.timer."""
 
-    def __init__(self, client: Client, event: str, agent: str | None, meta: dict[str, Any] | None) -> None:
+    def __init__(
+        self, client: Client, event: str, agent: str | None, meta: dict[str, Any] | None
+    ) -> None:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
         self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
@@ -3217,7 +3483,9 @@ class _Timer:
         self._starts: list[float] = []
 
     def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result})
+        return Log(
+            self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result}
+        )
 
     def __enter__(self) -> _Timer:
         self._starts.append(time.perf_counter())
@@ -3228,7 +3496,9 @@ class _Timer:
         try:
             self._client.log(self._log(elapsed, "success" if kind is None else "error"))
         except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
-            self._client._sender.report.note_once(_WARNING, f"a timer's log was not accepted: {exc}")
+            self._client._sender.report.note_once(
+                _WARNING, f"a timer's log was not accepted: {exc}"
+            )
 
     def _again(self) -> _Timer:
         return _Timer(self._client, self._event, self._agent, self._meta)
@@ -3254,7 +3524,9 @@ class _Timer:
         return run  # type: ignore[return-value]
 
 
-def new_client(config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
+def new_client(
+    config: Config | None = None, *, api_key: str | None = None, **fields: Any
+) -> Client:
     """Return a Client from a Config, or from the fields of one: new_client(api_key="chp_...", retries=3).
 
     Raises:
@@ -3278,10 +3550,14 @@ def new_client(config: Config | None = None, *, api_key: str | None = None, **fi
 class ChirrOp:
     """The global client: initialize it once, log from anywhere, stop it at the end."""
 
-    _slot: dict[str, Client] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
+    _slot: dict[
+        str, Client
+    ] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
 
     @classmethod
-    def initialize(cls, config: Config | None = None, *, api_key: str | None = None, **fields: Any) -> Client:
+    def initialize(
+        cls, config: Config | None = None, *, api_key: str | None = None, **fields: Any
+    ) -> Client:
         """Make the global client and return it; arguments as for new_client.
 
         Raises:
@@ -3299,7 +3575,9 @@ class ChirrOp:
         try:
             return cls._slot["client"]
         except KeyError:
-            raise ChirrOpError("ChirrOp SDK is not initialized. Please call initialize() first") from None
+            raise ChirrOpError(
+                "ChirrOp SDK is not initialized. Please call initialize() first"
+            ) from None
 
     @classmethod
     def log_event(cls, entry: Log) -> None:
@@ -3318,7 +3596,12 @@ class ChirrOp:
         return client.close(timeout) if client is not None else True
 
 
-initialize, log_event, flush, stop = ChirrOp.initialize, ChirrOp.log_event, ChirrOp.flush, ChirrOp.stop
+initialize, log_event, flush, stop = (
+    ChirrOp.initialize,
+    ChirrOp.log_event,
+    ChirrOp.flush,
+    ChirrOp.stop,
+)
 
 
 # ---- Sandbox --------------------------------------------------------------
@@ -3332,7 +3615,12 @@ if TYPE_CHECKING:
 
 _SANDBOX_BODY_BYTES = 16 << 20  # the served sandbox answers 413 above this
 _SANDBOX_USER = "00000000-0000-4000-8000-000000000001"
-_SANDBOX_IDS = {"events": "event_id", "policies": "policy_id", "alerts": "alert_id", "destinations": "destination_id"}
+_SANDBOX_IDS = {
+    "events": "event_id",
+    "policies": "policy_id",
+    "alerts": "alert_id",
+    "destinations": "destination_id",
+}
 # What a client may set: name -> (type or vocabulary, default); None: required.
 _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     "events": {
@@ -3365,10 +3653,21 @@ _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "enabled": (bool, True),
     },
 }
-_SANDBOX_TYPES = {str: "a string", bool: "true or false", float: "a finite number", dict: "an object", list: "a list"}
+_SANDBOX_TYPES = {
+    str: "a string",
+    bool: "true or false",
+    float: "a finite number",
+    dict: "an object",
+    list: "a list",
+}
 _SANDBOX_NEEDS = {"telegram": ("bot_token", "chat_id"), "email": ()}  # any other channel: a url
 _SANDBOX_VERBS = {"acknowledge": "acknowledged", "resolve": "resolved", "archive": "archived"}
-_SANDBOX_SPANS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
+_SANDBOX_SPANS = {
+    "1h": timedelta(hours=1),
+    "1d": timedelta(days=1),
+    "7d": timedelta(days=7),
+    "1m": timedelta(days=30),
+}
 _SANDBOX_CONDITIONS = {
     "gt": float.__gt__,
     "lt": float.__lt__,
@@ -3438,7 +3737,10 @@ def _sandbox_choice(query: _Row, name: str, choices: tuple[str, ...], default: s
 def _sandbox_page(items: list[_Row], query: _Row) -> list[_Row]:
     limit, offset = query.get("limit", "100"), query.get("offset", "0")
     for name, text in (("limit", limit), ("offset", offset)):
-        _sandbox_need(text.isascii() and text.isdigit() and len(text) < 10, f"{name} must be a non-negative integer")
+        _sandbox_need(
+            text.isascii() and text.isdigit() and len(text) < 10,
+            f"{name} must be a non-negative integer",
+        )
     return items[int(offset) : int(offset) + int(limit)]
 
 
@@ -3479,7 +3781,9 @@ def _sandbox_finite(number: float) -> float:
 
 
 def _sandbox_add(buckets: dict[Any, _Row], key: object, value: float) -> None:
-    bucket = buckets.setdefault(key, {"count": 0, "value": 0.0, "squares": 0.0, "min": value, "max": value})
+    bucket = buckets.setdefault(
+        key, {"count": 0, "value": 0.0, "squares": 0.0, "min": value, "max": value}
+    )
     bucket["count"] += 1
     bucket["value"] = _sandbox_finite(bucket["value"] + value)
     bucket["squares"] = _sandbox_finite(bucket["squares"] + value * value)
@@ -3512,7 +3816,9 @@ def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
         now, before = data[f"current_{name}"], data[f"previous_{name}"]
         known = None not in (now, before)
         data[f"{name}_delta"] = _sandbox_finite(now - before) if known else None
-        data[f"{name}_pct_change"] = _sandbox_finite((now - before) / abs(before) * 100) if known and before else None
+        data[f"{name}_pct_change"] = (
+            _sandbox_finite((now - before) / abs(before) * 100) if known and before else None
+        )
     return data
 
 
@@ -3607,7 +3913,14 @@ class Sandbox:
         left = math.inf if times is None else times
         with self._lock:
             self._faults.append(
-                {"times": left, "answer": answer, "drop": drop, "delay": delay, "method": method, "path": path or ""}
+                {
+                    "times": left,
+                    "answer": answer,
+                    "drop": drop,
+                    "delay": delay,
+                    "method": method,
+                    "path": path or "",
+                }
             )
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
@@ -3615,7 +3928,9 @@ class Sandbox:
         with self._lock:
             self._poison.append(predicate)
 
-    def __call__(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> _Reply:
+    def __call__(
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float
+    ) -> _Reply:
         """Answer one request; ConnectionResetError and TimeoutError only as scripted."""
         request, problem, fault = self._receive(method, url, body)
         delay, drop = fault.get("delay", 0.0), fault.get("drop")
@@ -3639,7 +3954,13 @@ class Sandbox:
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         parsed, problem = _sandbox_json(body)
-        request = {"method": method, "path": parts.path, "query": query, "body": parsed, "status": 0}
+        request = {
+            "method": method,
+            "path": parts.path,
+            "query": query,
+            "body": parsed,
+            "status": 0,
+        }
         with self._lock:
             self._requests.append(request)
             for fault in self._faults:
@@ -3682,7 +4003,10 @@ class Sandbox:
 
     def _ingest(self, path: list[str], query: _Row, body: Any) -> bytes:
         _sandbox_need(isinstance(body, list), "body must be a JSON array of logs")
-        _sandbox_need(0 < len(body) <= MAX_BATCH, f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}")
+        _sandbox_need(
+            0 < len(body) <= MAX_BATCH,
+            f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}",
+        )
         fresh: dict[str, set[datetime]] = {}
         for log in [self._check(index, fields) for index, fields in enumerate(body)]:
             if log["log_id"] not in self._logs:
@@ -3794,7 +4118,9 @@ class Sandbox:
         self._named[agent, event] = record
         token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
         created = record.get("created_at", _iso(self._now()))
-        fields.update(agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created)
+        fields.update(
+            agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created
+        )
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
         fields["event_id"] = _sandbox_id(fields["event_id"])
@@ -3808,19 +4134,27 @@ class Sandbox:
         scheme, _, rest = url.partition("://")
         absolute = scheme in ("http", "https") and rest.partition("/")[0]
         _sandbox_need(absolute or not url, "url must be an absolute http(s) URL")
-        _sandbox_need(all(type(item) in (str, int) for item in credentials.values()), "credentials must be strings")
+        _sandbox_need(
+            all(type(item) in (str, int) for item in credentials.values()),
+            "credentials must be strings",
+        )
         fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
         known = self._stores["policies"].keys() >= set(fields["policy_ids"])
         _sandbox_need(known, "policy_ids names an unknown policy", 422)
         now = _iso(self._now())
         created, delivered = record.get("created_at", now), record.get("last_delivered_at")
-        fields.update(created_at=created, updated_at=now, last_delivered_at=delivered, last_error=None)
+        fields.update(
+            created_at=created, updated_at=now, last_delivered_at=delivered, last_error=None
+        )
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
         buckets = sorted(self._buckets(event, period).items())
-        rollups = [{**same, "period": period, "occurred_at": _iso(start), **bucket} for start, bucket in buckets]
+        rollups = [
+            {**same, "period": period, "occurred_at": _iso(start), **bucket}
+            for start, bucket in buckets
+        ]
         return _sandbox_page(rollups, query)
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
@@ -3828,7 +4162,10 @@ class Sandbox:
         view = _sandbox_choice(query, "view", _VIEWS)
         period = _sandbox_choice(query, "period", _WINDOWS)
         previous = _sandbox_choice(query, "previous", _PREVIOUS)
-        _sandbox_need(previous in _ANALYTICS_PAIRS[period], f"{previous} is not supported with period {period}")
+        _sandbox_need(
+            previous in _ANALYTICS_PAIRS[period],
+            f"{previous} is not supported with period {period}",
+        )
         windows: dict[str, _Row] = {}
         span, now = _SANDBOX_SPANS[period], self._now()
         shift = _SANDBOX_SPANS.get(previous[len("previous_") :], span)
@@ -3837,7 +4174,13 @@ class Sandbox:
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
         data = _sandbox_compare(windows) if windows else None
-        return {"event_id": event_id, "view": view, "period": period, "previous": previous, "data": data}
+        return {
+            "event_id": event_id,
+            "view": view,
+            "period": period,
+            "previous": previous,
+            "data": data,
+        }
 
     def _list_alerts(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
         alerts = self._list(path)
@@ -3850,7 +4193,11 @@ class Sandbox:
         alert, status = self._find(path), _SANDBOX_VERBS[path[2]]
         if alert["status"] != status:  # repeating a step changes nothing; no step leads back
             starts = _ALERT_STATUSES[: _ALERT_STATUSES.index(status)]
-            _sandbox_need(alert["status"] in starts, f"cannot {path[2]} an alert that is {alert['status']}", 422)
+            _sandbox_need(
+                alert["status"] in starts,
+                f"cannot {path[2]} an alert that is {alert['status']}",
+                422,
+            )
             alert["status"] = status
             if f"{status}_at" in alert:
                 alert[f"{status}_at"] = _iso(self._now())
@@ -3868,7 +4215,11 @@ class Sandbox:
         self._deliver("test", alert_id, destination)
         return {"alert_id": alert_id, "destination_id": path[1], "status": "sent"}
 
-    _COMPLETE = {"events": _complete_event, "policies": _complete_policy, "destinations": _complete_destination}
+    _COMPLETE = {
+        "events": _complete_event,
+        "policies": _complete_policy,
+        "destinations": _complete_destination,
+    }
     _ROUTES: dict[str, dict[str, Callable[[Sandbox, list[str], _Row, Any], Any]]] = {
         "logs": {"POST": _ingest},
         "events": {"GET": _list, "POST": _save},
@@ -3965,7 +4316,12 @@ _DEMO_EVENTS = (
     ("search", "tokens.used.count", 900.0),
     ("billing", "invoice.total.eur", 49.0),
 )
-_DEMO_FAULTS: tuple[dict[str, Any], ...] = ({"status": 502}, {"drop": "before"}, {"retry_after": 1}, {"drop": "after"})
+_DEMO_FAULTS: tuple[dict[str, Any], ...] = (
+    {"status": 502},
+    {"drop": "before"},
+    {"retry_after": 1},
+    {"drop": "after"},
+)
 
 
 def _columns() -> int:
@@ -3988,7 +4344,10 @@ def _plain(value: object) -> str:
 def _width(text: str) -> int:
     import unicodedata
 
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def _fit(text: str, width: int) -> str:
@@ -4008,7 +4367,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
     text, room = _plain(text), _columns() - indent
     if not stream.isatty():
         return text
-    return ("\n" + " " * indent).join(textwrap.wrap(text, room if _width(text) == len(text) else room // 2))
+    return ("\n" + " " * indent).join(
+        textwrap.wrap(text, room if _width(text) == len(text) else room // 2)
+    )
 
 
 def _figure(value: Any) -> str:
@@ -4022,7 +4383,9 @@ def _figure(value: Any) -> str:
 
 def _paint(text: str, code: int) -> str:
     """Return text in a colour, where standard output shows colours."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
+    plain = (
+        os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
+    )
     return text if plain or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
 
 
@@ -4085,7 +4448,10 @@ def _table(heads: tuple[str, ...], items: list[Any]) -> None:
         _say("there are none")
     elif sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > _columns():
         for row in rows:
-            block = [row[0], *(f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell)]
+            block = [
+                row[0],
+                *(f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell),
+            ]
             print("\n".join(_fit(line, _columns()).rstrip() for line in block))
     else:
         for cells in ([head.upper() for head in heads], *rows):
@@ -4102,8 +4468,13 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
     """Print a line per bucket, with a bar as long as its sum is large."""
     _headline(event, f"count and sum by {period}, UTC")
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    rows = sorted((str(r.get("occurred_at")), r.get("value") or 0.0, r.get("count")) for r in rollups)
-    cells = [(_plain(at[5:16]).replace("T", " "), _figure(count), _figure(value)) for at, value, count in rows]
+    rows = sorted(
+        (str(r.get("occurred_at")), r.get("value") or 0.0, r.get("count")) for r in rollups
+    )
+    cells = [
+        (_plain(at[5:16]).replace("T", " "), _figure(count), _figure(value))
+        for at, value, count in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     room = max(1, _columns() - sum(widths) - 2 * len(widths))
     peak = max((abs(value) for _, value, _ in rows), default=0.0) or 1.0
@@ -4115,7 +4486,11 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
 def _show_analytics(event: Event, answer: Analytics) -> None:
     data: Any = answer.get("data")
     _headline(event, f"last {answer.get('period')} and {answer.get('previous')}")
-    print(f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}" if data else "no logs in either window")
+    print(
+        f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}"
+        if data
+        else "no logs in either window"
+    )
     for name in ("value", "count", "mean", "stddev") if data else ():
         change = data.get(f"{name}_pct_change")
         percent = "" if change is None else f"{change:+,.1f}%"
@@ -4138,14 +4513,18 @@ def _event_named(client: Client, args: Any) -> Event:
         return client.get_event(args.event)
     event = client.find_event(args.event, args.agent)
     if event is None:
-        raise ChirrOpNotFoundError(f"there is no event {_show(args.event)}; `chirrop events` lists them")
+        raise ChirrOpNotFoundError(
+            f"there is no event {_show(args.event)}; `chirrop events` lists them"
+        )
     return event
 
 
 def _cmd_events(args: Any) -> int:
     with new_client() as client:
         events = client.list_events()
-    return _result(args, events, lambda: _table(("event_id", "agent", "event", "unit", "title"), events))
+    return _result(
+        args, events, lambda: _table(("event_id", "agent", "event", "unit", "title"), events)
+    )
 
 
 def _cmd_rollups(args: Any) -> int:
@@ -4166,8 +4545,14 @@ def _cmd_alerts(args: Any) -> int:
     if args.action and (args.id is None or args.status):
         raise ChirrOpValidationError(f"`alerts {args.action}` takes the ID of one alert")
     with new_client() as client:
-        moves = {"ack": client.acknowledge_alert, "resolve": client.resolve_alert, "archive": client.archive_alert}
-        answer: Any = moves[args.action](args.id) if args.action else client.list_alerts(args.status)
+        moves = {
+            "ack": client.acknowledge_alert,
+            "resolve": client.resolve_alert,
+            "archive": client.archive_alert,
+        }
+        answer: Any = (
+            moves[args.action](args.id) if args.action else client.list_alerts(args.status)
+        )
     heads = ("alert_id", "status", "severity", "agent", "event", "value", "triggered_at", "title")
     return _result(args, answer, lambda: _table(heads, [answer] if args.action else answer))
 
@@ -4191,7 +4576,9 @@ def _cmd_api(args: Any) -> int:
 def _cmd_log(args: Any) -> int:
     if args.event == "-":
         if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
-            raise ChirrOpValidationError("`log -` reads whole logs from standard input, and takes nothing else")
+            raise ChirrOpValidationError(
+                "`log -` reads whole logs from standard input, and takes nothing else"
+            )
         return _log_lines(args)
     if args.value is None:
         raise ChirrOpValidationError("`log EVENT` needs a VALUE")
@@ -4201,7 +4588,9 @@ def _cmd_log(args: Any) -> int:
         client.send_logs([entry])
         delivered = client.stats().delivered
     word = "delivered" if delivered else "discarded, since CHIRROP_DISABLED is set:"
-    return _result(args, {"delivered": delivered, "log": entry.to_dict()}, lambda: print(word, entry.log_id))
+    return _result(
+        args, {"delivered": delivered, "log": entry.to_dict()}, lambda: print(word, entry.log_id)
+    )
 
 
 def _log_lines(args: Any) -> int:
@@ -4268,13 +4657,24 @@ def _cmd_drain(args: Any) -> int:
         raise ChirrOpError("CHIRROP_DISABLED is set: nothing is sent")
     with _Progress(client):
         try:
-            clean = client.flush() and client._outbox.buffer._conn is not None  # else it has said what is wrong
+            clean = (
+                client.flush() and client._outbox.buffer._conn is not None
+            )  # else it has said what is wrong
             stats = client.stats()
         finally:
             client.close(0.0)
     dead = len(spool.dead_letters())
-    account = {"delivered": stats.delivered, "left": stats.queued, "parked": stats.parked, "dead_letters": dead}
-    _result(args, account, lambda: print("\n".join(f"{v:,} {k.replace('_', ' ')}" for k, v in account.items())))
+    account = {
+        "delivered": stats.delivered,
+        "left": stats.queued,
+        "parked": stats.parked,
+        "dead_letters": dead,
+    }
+    _result(
+        args,
+        account,
+        lambda: print("\n".join(f"{v:,} {k.replace('_', ' ')}" for k, v in account.items())),
+    )
     if stats.last_error and not clean:
         _say(f"the last failure: {stats.last_error}")
     return 0 if clean else 1
@@ -4312,33 +4712,53 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
         source = "the environment" if os.environ.get("CHIRROP_API_KEY") else ".env"
         yield "key", True, f"from {source}, has the right form"
     except ChirrOpValidationError as exc:
-        yield "key", False, f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key."
+        yield (
+            "key",
+            False,
+            f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key.",
+        )
     if Config("chp_doctor", DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT).disabled:
-        yield "switch", False, "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them."
+        yield (
+            "switch",
+            False,
+            "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them.",
+        )
     for name, variable, default in (
         ("logs", "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
         ("api", "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT),
     ):
         try:
-            yield from _diagnose_endpoint(name, _checked_endpoint(variable, None, variable, default), key, variable)
+            yield from _diagnose_endpoint(
+                name, _checked_endpoint(variable, None, variable, default), key, variable
+            )
         except ChirrOpValidationError as exc:
             yield name, False, f"{exc}. Correct it, or unset it for {default}."
 
 
-def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator[tuple[str, bool, str]]:
+def _diagnose_endpoint(
+    name: str, url: str, key: str, variable: str
+) -> Iterator[tuple[str, bool, str]]:
     """Check the way to an endpoint with a GET by the client's own transport: proxy, DNS, TLS, answer, clock."""
     import email.utils
     import urllib.parse
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # without its password
+    proxy = (
+        urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]
+    )  # without its password
     past = not proxy or urllib.request.proxy_bypass(parts.netloc)
-    yield name, True, f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}"
+    yield (
+        name,
+        True,
+        f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}",
+    )
     headers = {"Authorization": _Secret(f"Bearer {key}")} if key else {}
     transport = _UrllibTransport()
     try:
-        status, body, fields = transport("GET", url + "/events" * (name == "api"), None, headers, 10)
+        status, body, fields = transport(
+            "GET", url + "/events" * (name == "api"), None, headers, 10
+        )
     except OSError as exc:
         kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
         cure = next(text for kind, text in _CURES.items() if kind in kinds)
@@ -4349,11 +4769,23 @@ def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator
     error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
     reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
     if name == "logs" and (status < 300 or 400 <= status < 500):
-        yield name, True, reached  # it takes POST alone, and no log is sent: this answer tells no more
+        yield (
+            name,
+            True,
+            reached,
+        )  # it takes POST alone, and no log is sent: this answer tells no more
     elif status in (401, 403):
-        yield name, not key, f"{error}. The key is wrong, revoked, or of another workspace." if key else reached
+        yield (
+            name,
+            not key,
+            f"{error}. The key is wrong, revoked, or of another workspace." if key else reached,
+        )
     elif error or not body.lstrip().startswith(b"["):
-        yield name, False, f"{error or 'not a list of events'}. Check {variable}, or try again later."
+        yield (
+            name,
+            False,
+            f"{error or 'not a list of events'}. Check {variable}, or try again later.",
+        )
     else:
         yield name, True, f"{reached}, key accepted"
     date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
@@ -4361,7 +4793,11 @@ def _diagnose_endpoint(name: str, url: str, key: str, variable: str) -> Iterator
         ahead = time.time() - email.utils.mktime_tz(date)
         words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        yield "clock", good, words if good else f"{words}. Correct this computer's: logs take their time from it."
+        yield (
+            "clock",
+            good,
+            words if good else f"{words}. Correct this computer's: logs take their time from it.",
+        )
 
 
 def _cmd_sandbox(args: Any) -> int:
@@ -4369,9 +4805,15 @@ def _cmd_sandbox(args: Any) -> int:
     with _serve_sandbox(Sandbox(), args.port) as server:
         base = f"http://127.0.0.1:{server.server_address[1]}/v1.0"
         variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
-        _result(args, variables, lambda: print("\n".join(f"export {k}={v}" for k, v in variables.items())))
+        _result(
+            args,
+            variables,
+            lambda: print("\n".join(f"export {k}={v}" for k, v in variables.items())),
+        )
         sys.stdout.flush()
-        _say("any key that starts with chp_ will do; Ctrl-C ends the sandbox, which then forgets all")
+        _say(
+            "any key that starts with chp_ will do; Ctrl-C ends the sandbox, which then forgets all"
+        )
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -4389,7 +4831,9 @@ def _demo_logs() -> Iterator[Log]:
         at = now - timedelta(hours=6 * (1 - rng.random() ** 0.5))
         value = round(size * rng.lognormvariate(0, 0.5), 2)
         meta = {"region": rng.choice(("eu", "us")), "release": "2.4.1"}
-        yield Log("poison.log" if number == 2600 else event, value, agent, meta=meta, occurred_at=at)
+        yield Log(
+            "poison.log" if number == 2600 else event, value, agent, meta=meta, occurred_at=at
+        )
 
 
 def _cmd_demo(args: Any) -> int:
@@ -4403,7 +4847,9 @@ def _cmd_demo(args: Any) -> int:
         DEFAULT_SERVICER_ENDPOINT,
         log_level="CRITICAL",  # the account tells it all
         transport=sandbox,
-        on_drop=lambda dropped, error: lost.extend(f"{log['agent']} {log['event']}: {error}" for log in dropped),
+        on_drop=lambda dropped, error: lost.extend(
+            f"{log['agent']} {log['event']}: {error}" for log in dropped
+        ),
     )
     vars(config)["disabled"] = False  # whatever CHIRROP_DISABLED says: nothing leaves this process
     client, part = Client(config), len(logs) // len(_DEMO_FAULTS)
@@ -4416,9 +4862,17 @@ def _cmd_demo(args: Any) -> int:
         event: Any = client.find_event("http.request.duration_ms", agent="checkout")
         rollups = client.get_event_logs(event["event_id"], "hour")
         answer = client.get_event_analytics(event["event_id"], "window", "1h", "previous_window")
-    stats, statuses = client.stats(), [request["status"] or "no answer" for request in sandbox.requests]
-    failures = {str(status): statuses.count(status) for status in dict.fromkeys(statuses) if status != 200}
-    balanced = stats.accepted == len(logs) == stats.delivered + len(lost) and len(sandbox.logs) == stats.delivered
+    stats, statuses = (
+        client.stats(),
+        [request["status"] or "no answer" for request in sandbox.requests],
+    )
+    failures = {
+        str(status): statuses.count(status) for status in dict.fromkeys(statuses) if status != 200
+    }
+    balanced = (
+        stats.accepted == len(logs) == stats.delivered + len(lost)
+        and len(sandbox.logs) == stats.delivered
+    )
 
     def show() -> None:
         _show_rollups(event, "hour", rollups)
@@ -4426,19 +4880,35 @@ def _cmd_demo(args: Any) -> int:
         _show_analytics(event, answer)
         failed = ", ".join(f"{count} x {status}" for status, count in failures.items())
         print("\n" + _wrap(f"{len(statuses)} requests, of which failed: {failed}", sys.stdout))
-        print(_wrap(f"accepted {stats.accepted:,} = delivered {stats.delivered:,} + dropped {len(lost)}", sys.stdout))
+        print(
+            _wrap(
+                f"accepted {stats.accepted:,} = delivered {stats.delivered:,} + dropped {len(lost)}",
+                sys.stdout,
+            )
+        )
         for text in lost:
             print(_wrap(f"dropped {text}", sys.stdout, 2))
 
-    account = {"accepted": stats.accepted, "delivered": stats.delivered, "dropped": lost, "balanced": balanced}
-    _result(args, {**account, "failures": failures, "event": event, "rollups": rollups, "analytics": answer}, show)
+    account = {
+        "accepted": stats.accepted,
+        "delivered": stats.delivered,
+        "dropped": lost,
+        "balanced": balanced,
+    }
+    _result(
+        args,
+        {**account, "failures": failures, "event": event, "rollups": rollups, "analytics": answer},
+        show,
+    )
     return 0 if balanced else 1
 
 
 def _arguments(argv: list[str] | None) -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="chirrop", description="Send events to ChirrOp, and ask it about them.")
+    parser = argparse.ArgumentParser(
+        prog="chirrop", description="Send events to ChirrOp, and ask it about them."
+    )
     parser.add_argument("--version", action="version", version=f"chirrop {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     agent: Any = ("--agent", {"help": "who produces the event"})
@@ -4501,7 +4971,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ChirrOpError, OSError) as exc:
         _say(exc)
         status = 2 if isinstance(exc, ChirrOpValidationError) else 1
-    except (TypeError, AttributeError, KeyError, ValueError) as exc:  # JSON of a shape that no ChirrOp sends
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        ValueError,
+    ) as exc:  # JSON of a shape that no ChirrOp sends
         _say(f"the answer makes no sense: {type(exc).__name__}: {exc}")
         status = 1
     logger.removeHandler(handler)

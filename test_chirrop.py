@@ -51,7 +51,16 @@ from fractions import Fraction
 from unittest import mock
 
 import chirrop
-from chirrop import ChirrOpError, ChirrOpQueueFullError, Client, Config, Log, Sandbox, SqliteSpool, new_client
+from chirrop import (
+    ChirrOpError,
+    ChirrOpQueueFullError,
+    Client,
+    Config,
+    Log,
+    Sandbox,
+    SqliteSpool,
+    new_client,
+)
 
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
@@ -99,7 +108,9 @@ class TestCase(unittest.TestCase):
     def setUp(self):
         environment = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(environment)))
-        for name in [n for n in os.environ if n.startswith("CHIRROP_") or n.lower().endswith("_proxy")]:
+        for name in [
+            n for n in os.environ if n.startswith("CHIRROP_") or n.lower().endswith("_proxy")
+        ]:
             del os.environ[name]
         logger = logging.getLogger("chirrop")
         self.records = []
@@ -126,7 +137,11 @@ class TestCase(unittest.TestCase):
         stats = client.stats()
         self.assertEqual(
             stats.accepted,
-            stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight + stats.parked,
+            stats.delivered
+            + sum(stats.dropped.values())
+            + stats.queued
+            + stats.in_flight
+            + stats.parked,
             stats,
         )
         return stats
@@ -136,7 +151,9 @@ class TestCase(unittest.TestCase):
         fields.setdefault("transport", FakeTransport(*answers))
         fields.setdefault("api_key", KEY)
         client = new_client(**fields)
-        client._outbox._rand = lambda: 0.0  # backoff without jitter is no wait at all: full jitter starts at 0
+        client._outbox._rand = lambda: (
+            0.0
+        )  # backoff without jitter is no wait at all: full jitter starts at 0
         self.addCleanup(self.assertBalanced, client)
         self.addCleanup(client.close, 5)
         return client
@@ -172,7 +189,8 @@ class ErrorTest(TestCase):
                 error = answer.error()
                 self.assertIs(type(error), getattr(chirrop, f"ChirrOp{kind}Error"))
                 self.assertEqual(
-                    (error.status_code, error.body, error.retry_after), (status, {"error": "because"}, 7.0)
+                    (error.status_code, error.body, error.retry_after),
+                    (status, {"error": "because"}, 7.0),
                 )
 
     def test_the_message_comes_from_whatever_the_server_sent(self):
@@ -193,9 +211,15 @@ class ErrorTest(TestCase):
             kind = getattr(chirrop, name)
             if isinstance(kind, type) and issubclass(kind, Exception):
                 error = kind("text", status_code=418, body={"a": [1]}, retry_after=2.5)
-                for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+                for twin in (
+                    pickle.loads(pickle.dumps(error)),
+                    copy.copy(error),
+                    copy.deepcopy(error),
+                ):
                     self.assertIs(type(twin), kind)
-                    self.assertEqual((str(twin), twin.args, vars(twin)), (str(error), error.args, vars(error)))
+                    self.assertEqual(
+                        (str(twin), twin.args, vars(twin)), (str(error), error.args, vars(error))
+                    )
 
     def test_a_validation_error_is_a_value_error(self):
         self.assertTrue(issubclass(chirrop.ChirrOpValidationError, (ChirrOpError, ValueError)))
@@ -256,19 +280,26 @@ class LogTest(TestCase):
         log = Log(" tool.errors.count ", 3, " billing ", meta={"k": [1, "ü", None]})
         sent = log.to_dict()
         self.assertEqual(list(sent), ["log_id", "event", "value", "occurred_at", "agent", "meta"])
-        self.assertEqual((sent["event"], sent["value"], sent["agent"]), ("tool.errors.count", 3, "billing"))
+        self.assertEqual(
+            (sent["event"], sent["value"], sent["agent"]), ("tool.errors.count", 3, "billing")
+        )
         self.assertEqual(sent["meta"], {"k": [1, "ü", None]})
         moment = chirrop._parse_time(sent["occurred_at"]).timestamp()
         self.assertTrue(before - 0.001 <= moment <= time.time())
         self.assertEqual(json.loads(log._body), sent)
         self.assertNotIn(b" ", log._body)
         self.assertEqual(
-            (log.event, log.value, log.agent, log.log_id), (*list(sent.values())[1:3], "billing", sent["log_id"])
+            (log.event, log.value, log.agent, log.log_id),
+            (*list(sent.values())[1:3], "billing", sent["log_id"]),
         )
 
     def test_a_log_cannot_be_changed_and_equals_its_copies(self):
         log = Log("a", 1)
-        for change in (lambda: setattr(log, "value", 2), lambda: delattr(log, "_body"), lambda: setattr(log, "x", 1)):
+        for change in (
+            lambda: setattr(log, "value", 2),
+            lambda: delattr(log, "_body"),
+            lambda: setattr(log, "x", 1),
+        ):
             with self.assertRaises(AttributeError):
                 change()
         log.to_dict()["value"] = 9
@@ -355,12 +386,16 @@ class LogTest(TestCase):
     def test_meta_takes_10_top_level_keys_and_not_one_more(self):
         Log("a", 1, meta={str(i): {str(j): 0 for j in range(20)} for i in range(5)})
         Log("a", 1, meta={str(i): 0 for i in range(10)})
-        self.assertIn("got 11", self.refused("at most 10 top-level keys", meta={str(i): 0 for i in range(11)}))
+        self.assertIn(
+            "got 11", self.refused("at most 10 top-level keys", meta={str(i): 0 for i in range(11)})
+        )
 
     def test_log_id_is_canonical_or_made(self):
         text = "123E4567E89B12D3A456426614174000"
         for given in (text, f"{{{text}}}", f" {text} ", uuid.UUID(text)):
-            self.assertEqual(Log("a", 1, log_id=given).log_id, "123e4567-e89b-12d3-a456-426614174000")
+            self.assertEqual(
+                Log("a", 1, log_id=given).log_id, "123e4567-e89b-12d3-a456-426614174000"
+            )
         for given in (None, "", "  "):
             made = uuid.UUID(Log("a", 1, log_id=given).log_id)
             self.assertEqual((made.version, made.variant), (4, uuid.RFC_4122))
@@ -375,7 +410,10 @@ class LogTest(TestCase):
 
     def test_threads_never_share_an_id(self):
         made = [[] for _ in range(8)]
-        threads = [threading.Thread(target=lambda o=o: o.extend(Log("a", 1).log_id for _ in range(3000))) for o in made]
+        threads = [
+            threading.Thread(target=lambda o=o: o.extend(Log("a", 1).log_id for _ in range(3000)))
+            for o in made
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -437,7 +475,9 @@ class LogTest(TestCase):
             chirrop._encode_log(now, "a", 1, None, None, None, at)
         for seconds in (-30 * 86400 - 1, 86401):
             at = datetime.fromtimestamp(now + seconds, timezone.utc)
-            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "last 30 days and at most 1 day ahead"):
+            with self.assertRaisesRegex(
+                chirrop.ChirrOpValidationError, "last 30 days and at most 1 day ahead"
+            ):
                 chirrop._encode_log(now, "a", 1, None, None, None, at)
 
     def test_naive_times_are_utc_whatever_the_local_zone(self):
@@ -497,7 +537,10 @@ class ConfigTest(TestCase):
         }  # fmt: skip
         for name, values in wrong.items():
             for value in values:
-                with self.subTest(f"{name}={value!r}"), self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                with (
+                    self.subTest(f"{name}={value!r}"),
+                    self.assertRaises(chirrop.ChirrOpValidationError) as caught,
+                ):
                     Config(**{"api_key": KEY, name: value})
                 self.assertIn(name, str(caught.exception))
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "no field retrys"):
@@ -534,7 +577,9 @@ class ConfigTest(TestCase):
             self.assertNotIn(
                 "canary",
                 "".join(
-                    traceback.TracebackException.from_exception(caught.exception, capture_locals=True).format()
+                    traceback.TracebackException.from_exception(
+                        caught.exception, capture_locals=True
+                    ).format()
                 ).replace(repr(bad), ""),
             )
 
@@ -558,10 +603,16 @@ class ConfigTest(TestCase):
             Config()
 
     def test_endpoints_come_from_the_argument_then_the_environment(self):
-        os.environ.update(CHIRROP_API_ENDPOINT="http://e/logs/", CHIRROP_SERVICER_ENDPOINT="http://e:8080/v1")
+        os.environ.update(
+            CHIRROP_API_ENDPOINT="http://e/logs/", CHIRROP_SERVICER_ENDPOINT="http://e:8080/v1"
+        )
         config = Config(api_key=KEY)
-        self.assertEqual((config.api_endpoint, config.servicer_endpoint), ("http://e/logs", "http://e:8080/v1"))
-        self.assertEqual(Config(api_key=KEY, api_endpoint="https://a/x").api_endpoint, "https://a/x")
+        self.assertEqual(
+            (config.api_endpoint, config.servicer_endpoint), ("http://e/logs", "http://e:8080/v1")
+        )
+        self.assertEqual(
+            Config(api_key=KEY, api_endpoint="https://a/x").api_endpoint, "https://a/x"
+        )
         os.environ["CHIRROP_API_ENDPOINT"] = "nonsense"
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "api_endpoint"):
             Config(api_key=KEY)
@@ -581,7 +632,9 @@ class ConfigTest(TestCase):
             client.send_logs([Log("a", 1)])
             with self.assertRaises(chirrop.ChirrOpValidationError):
                 Log("", 1)
-            self.assertEqual((client.flush(), client.close(), client.stats().accepted), (True, True, 0))
+            self.assertEqual(
+                (client.flush(), client.close(), client.stats().accepted), (True, True, 0)
+            )
             self.assertEqual(client._link._transport.requests, [])
             with self.assertRaisesRegex(ChirrOpError, "disabled"):
                 client.list_events()
@@ -606,7 +659,9 @@ class PolicyTest(TestCase):
         self.assertEqual(chirrop._backoff(1, None, lambda: 0.0), 0.0)
         self.assertLess(chirrop._backoff(10**9, None, lambda: 0.5), 30)
         waits = [chirrop._backoff(20, None, chirrop._random) for _ in range(2000)]
-        self.assertTrue(0 <= min(waits) < 3 and 27 < max(waits) <= 30 and 13 < sum(waits) / 2000 < 17)
+        self.assertTrue(
+            0 <= min(waits) < 3 and 27 < max(waits) <= 30 and 13 < sum(waits) / 2000 < 17
+        )
 
     def test_jitter_is_added_to_what_the_server_asked_for(self):
         self.assertEqual(chirrop._backoff(1, 5.0, lambda: 0.0), 5.0)
@@ -781,10 +836,14 @@ class OutboxTest(TestCase):
             batches = [outbox.take(0.0)]
             while batches:
                 batch = batches.pop()
-                bad = any(json.loads(i)["value"] == poison % 5 for i in batch.items) and (batch.first < 5) == (
-                    poison < 5
-                )
-                if not bad and len(batch.items) > 1 and batch.first < 5 < batch.first + len(batch.items):
+                bad = any(json.loads(i)["value"] == poison % 5 for i in batch.items) and (
+                    batch.first < 5
+                ) == (poison < 5)
+                if (
+                    not bad
+                    and len(batch.items) > 1
+                    and batch.first < 5 < batch.first + len(batch.items)
+                ):
                     bad = poison >= 5
                 outbox.settle(batch, chirrop._Answer(400 if bad else 200), 0.0)
                 following = outbox.take(0.0)
@@ -809,7 +868,9 @@ class OutboxTest(TestCase):
         drops = outbox.stop()
         self.assertEqual(sorted(item for d in drops for item in d.items), sorted(logs))
         before = outbox.stats()
-        self.assertEqual((outbox.settle(batch, chirrop._Answer(200), 0.0), outbox.stats()), ([], before))
+        self.assertEqual(
+            (outbox.settle(batch, chirrop._Answer(200), 0.0), outbox.stats()), ([], before)
+        )
         self.assertEqual(before.dropped, {"closed": 300})
 
     def test_a_log_that_slips_past_the_gate_is_swept(self):
@@ -882,7 +943,9 @@ class Simulation:
         )  # fmt: skip
         buffer = SqliteSpool(self.path, synchronous="NORMAL") if self.path else chirrop._Memory()
         self.outbox = chirrop._Outbox(buffer, self.config, rng.random)
-        self.sender = chirrop._Sender(self.outbox, chirrop._Link(self.config), self.config, lambda: self.now)
+        self.sender = chirrop._Sender(
+            self.outbox, chirrop._Link(self.config), self.config, lambda: self.now
+        )
         self.sender._spawn = lambda: None
         self.sender.report.write = lambda final=False: None
 
@@ -900,7 +963,9 @@ class Simulation:
         roll = (
             "ok"
             if self.healthy
-            else self.rng.choice(("ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash"))
+            else self.rng.choice(
+                ("ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash")
+            )
         )
         if roll == "lost":
             raise ConnectionResetError("before")
@@ -908,7 +973,11 @@ class Simulation:
             return self.rng.choice((400, 413, 422)), b'{"error": "poison"}', {}
         if roll == "status":
             after = self.rng.choice(({}, {"Retry-After": "2"}, {"Retry-After": "nan"}))
-            return self.rng.choice((302, 401, 403, 404, 408, 429, 500, 502, 503, 504, 599)), b"", after
+            return (
+                self.rng.choice((302, 401, 403, 404, 408, 429, 500, 502, 503, 504, 599)),
+                b"",
+                after,
+            )
         self.stored.update(ids(logs))
         if roll == "reset":
             raise ConnectionResetError("after")
@@ -918,7 +987,9 @@ class Simulation:
         return 200, b"", {}
 
     def act(self):
-        action = self.rng.choice(("log", "log", "log", "send", "send", "tick", "flush", "stats", "end"))
+        action = self.rng.choice(
+            ("log", "log", "log", "send", "send", "tick", "flush", "stats", "end")
+        )
         if action == "log":
             for _ in range(self.rng.choice((1, 2, 300 if self.rng.random() < 0.03 else 5))):
                 log = Log("a", 1)
@@ -964,8 +1035,16 @@ class Simulation:
 
     def balance(self):
         stats = self.outbox.stats()
-        total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight + stats.parked
-        assert stats.accepted == total and min(stats.queued, stats.in_flight, stats.parked) >= 0, stats
+        total = (
+            stats.delivered
+            + sum(stats.dropped.values())
+            + stats.queued
+            + stats.in_flight
+            + stats.parked
+        )
+        assert stats.accepted == total and min(stats.queued, stats.in_flight, stats.parked) >= 0, (
+            stats
+        )
         return stats
 
     def run(self):
@@ -1009,7 +1088,9 @@ class Simulation:
         assert len(accepted) == len(self.accepted)
         assert len(dropped) == len(self.dropped), "a drop was reported twice"
         assert delivered <= accepted and dropped <= accepted and self.stored <= accepted
-        assert accepted == (delivered | dropped | (self.stored if self.path else set())), "a log is unaccounted for"
+        assert accepted == (delivered | dropped | (self.stored if self.path else set())), (
+            "a log is unaccounted for"
+        )
         if self.path:
             self.start()
             self.outbox.begin_flush(self.now)
@@ -1075,7 +1156,9 @@ class Server:
             except OSError:
                 return
             self._open.append(peer)
-            threading.Thread(target=self._serve, args=(peer,), name="test-server", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(peer,), name="test-server", daemon=True
+            ).start()
 
     def _serve(self, peer):
         seen = []  # the ids of each request of this connection
@@ -1098,7 +1181,10 @@ class Server:
                     if self.status == 200:
                         self.stored += seen[-1]
                     self._changed.notify_all()
-                head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (self.status, len(self.message))
+                head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (
+                    self.status,
+                    len(self.message),
+                )
                 peer.sendall(head + self.message)
             peer.shutdown(socket.SHUT_RDWR)
 
@@ -1228,7 +1314,9 @@ class ProcessTestCase(TestCase):
         """Return the path of a closed spool that holds `count` logs, and their ids."""
         path = path or self.spool()
         entries = [Log("left", n) for n in range(count)]
-        client = new_client(api_key=KEY, transport=FakeTransport(default=ConnectionError("down")), spool=path)
+        client = new_client(
+            api_key=KEY, transport=FakeTransport(default=ConnectionError("down")), spool=path
+        )
         for entry in entries:
             client.log(entry)
         client.close(0)
@@ -1262,7 +1350,9 @@ class SpoolTest(ProcessTestCase):
     def test_log_survives_kill_9_and_the_next_run_sends_it_under_the_same_id(self):
         path = self.spool()
         done = self.python(
-            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 5); os.kill(os.getpid(), 9)", "http://x", path
+            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 5); os.kill(os.getpid(), 9)",
+            "http://x",
+            path,
         )
         self.assertEqual(done.returncode, -9, done.stderr)
         self.assertEqual(self.drain(path), done.stdout.split())
@@ -1286,7 +1376,9 @@ class SpoolTest(ProcessTestCase):
                 path = self.spool()
                 dropped = []
                 client = self.client(
-                    transport=FakeTransport(default=status), spool=path, on_drop=lambda *a: dropped.append(a)
+                    transport=FakeTransport(default=status),
+                    spool=path,
+                    on_drop=lambda *a: dropped.append(a),
                 )
                 entries = [Log("x", n) for n in range(3)]
                 for entry in entries:
@@ -1310,7 +1402,9 @@ class SpoolTest(ProcessTestCase):
                     return (status, b'{"error":"no such unit"}', {}) if b'"poison"' in body else 200
 
                 transport, dropped = FakeTransport(default=judge), []
-                client = self.client(transport=transport, spool=path, on_drop=lambda *a: dropped.append(a))
+                client = self.client(
+                    transport=transport, spool=path, on_drop=lambda *a: dropped.append(a)
+                )
                 entries = [Log("poison" if n in (3, 17) else "fine", n) for n in range(20)]
                 for entry in entries:
                     client.log(entry)
@@ -1320,7 +1414,8 @@ class SpoolTest(ProcessTestCase):
                 client.close(LONG)
                 spool = SqliteSpool(path)
                 self.assertEqual(
-                    [d["log"] for d in spool.dead_letters()], [entries[3].to_dict(), entries[17].to_dict()]
+                    [d["log"] for d in spool.dead_letters()],
+                    [entries[3].to_dict(), entries[17].to_dict()],
                 )
                 self.assertIn("no such unit", spool.dead_letters()[0]["error"])
                 self.assertEqual(self.drain(path), [])  # dead letters are not sent again
@@ -1366,9 +1461,7 @@ class SpoolTest(ProcessTestCase):
         for name in names:
             self.assertEqual(stat.S_IMODE((path.parent / name).stat().st_mode), 0o600, name)
         # Read elsewhere: closing a file here would take the locks SQLite has on it in this process.
-        code = (
-            "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
-        )
+        code = "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
     def test_a_file_opened_a_hundred_million_times_still_takes_logs(self):
@@ -1382,7 +1475,10 @@ class SpoolTest(ProcessTestCase):
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
         client = self.client(
-            spool=SqliteSpool(path, max_bytes=64 * 1024), transport=FakeTransport(), flush_delay=60, batch_size=10**6
+            spool=SqliteSpool(path, max_bytes=64 * 1024),
+            transport=FakeTransport(),
+            flush_delay=60,
+            batch_size=10**6,
         )
         accepted = []
         with self.assertRaisesRegex(ChirrOpQueueFullError, "65536"):
@@ -1419,7 +1515,9 @@ class SpoolTest(ProcessTestCase):
     def test_logging_while_another_thread_closes_loses_and_forgets_nothing(self):
         for seed in range(40):
             path, barrier = self.spool(), threading.Barrier(5)
-            client = self.client(spool=path, transport=FakeTransport(default=ConnectionError("down")), flush_delay=60)
+            client = self.client(
+                spool=path, transport=FakeTransport(default=ConnectionError("down")), flush_delay=60
+            )
             entries = [[Log("x", n) for n in range(8)] for _ in range(4)]
 
             def work(mine):
@@ -1436,7 +1534,9 @@ class SpoolTest(ProcessTestCase):
                 thread.join(LONG)
             stats = self.assertBalanced(client)
             self.assertEqual(stats.accepted, 32)
-            self.assertEqual(len(self.drain(path)) + stats.dropped.get("closed", 0), 32, f"seed {seed}")
+            self.assertEqual(
+                len(self.drain(path)) + stats.dropped.get("closed", 0), 32, f"seed {seed}"
+            )
 
     def test_ctrl_c_inside_a_transaction_leaves_later_logs_committed(self):
         path = self.spool()
@@ -1495,7 +1595,10 @@ class SpoolMisuseTest(ProcessTestCase):
         for arguments, name in (
             (("",), "path"), ((5,), "path"), (("x", -1), "max_bytes"), (("x", 1.5), "max_bytes"), (("x", True), "max_bytes"),
         ):  # fmt: skip
-            with self.subTest(arguments), self.assertRaisesRegex(chirrop.ChirrOpValidationError, name):
+            with (
+                self.subTest(arguments),
+                self.assertRaisesRegex(chirrop.ChirrOpValidationError, name),
+            ):
                 SqliteSpool(*arguments)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "synchronous"):
             SqliteSpool("x", synchronous="OFF")
@@ -1547,7 +1650,11 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
     def test_a_missing_or_unwritable_folder_leaves_the_client_in_memory(self):
         folder = self.folder()
         (folder / "file").write_text("x")
-        for path in (folder / "missing" / "spool.db", folder / "file" / "spool.db", "/proc/chirrop/spool.db"):
+        for path in (
+            folder / "missing" / "spool.db",
+            folder / "file" / "spool.db",
+            "/proc/chirrop/spool.db",
+        ):
             with self.subTest(str(path)):
                 self.assertGoesOnInMemory(path)
 
@@ -1643,7 +1750,9 @@ class SpoolCorruptTest(ProcessTestCase):
                 copy.write_bytes(data[:place])
                 kept, arrived = self.assertStarts(copy, left, place)
                 if not kept and place > 1:  # SQLite takes a file of one byte for an empty one
-                    self.assertLessEqual(len(set(left) - set(arrived)), 1)  # its end was cut off: a dead letter
+                    self.assertLessEqual(
+                        len(set(left) - set(arrived)), 1
+                    )  # its end was cut off: a dead letter
 
     def test_with_any_bit_flipped_it_starts_and_delivers_or_keeps_the_file(self):
         path, left = self.make_spool(12)
@@ -1660,7 +1769,9 @@ class SpoolCorruptTest(ProcessTestCase):
     def test_a_damaged_wal_does_not_stop_the_start(self):
         path = self.spool()
         self.python(
-            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 30); os.kill(os.getpid(), 9)", "http://x", path
+            PRELUDE + "log(client(spool=sys.argv[2], transport=down), 30); os.kill(os.getpid(), 9)",
+            "http://x",
+            path,
         )
         names = [n for n in os.listdir(path.parent) if not n.endswith("-shm")]
         data = {n: (path.parent / n).read_bytes() for n in names}
@@ -1676,7 +1787,10 @@ class SpoolCorruptTest(ProcessTestCase):
     def test_damaged_while_open_the_lost_logs_are_counted_and_flush_returns(self):
         path, dropped = self.spool(), []
         client = self.client(
-            spool=path, transport=FakeTransport(), flush_delay=60, on_drop=lambda *a: dropped.append(a)
+            spool=path,
+            transport=FakeTransport(),
+            flush_delay=60,
+            on_drop=lambda *a: dropped.append(a),
         )
         for n in range(5):
             client.log(Log("x", n))
@@ -1727,7 +1841,9 @@ class SpoolFullTest(ProcessTestCase):
         self.assertBalanced(client)
         spool._conn.execute("PRAGMA max_page_count = 100000")
         client.log(Log("x", 1))
-        self.assertEqual(len(spool._inbox), in_memory + 1)  # it is not tried again before SPOOL_RETRY_SECONDS
+        self.assertEqual(
+            len(spool._inbox), in_memory + 1
+        )  # it is not tried again before SPOOL_RETRY_SECONDS
         spool._retry_at = 0.0
         client.log(Log("x", 2))
         self.assertEqual((len(spool._inbox), self.rows(path)), (0, 63))
@@ -1818,7 +1934,9 @@ log(c); os.kill(os.getpid(), 9)
                 self.line(program)
             for program in programs:
                 program.stdin.write(b"\n")
-            logged = [word for program in programs for word in program.stdout.read().decode().split()]
+            logged = [
+                word for program in programs for word in program.stdout.read().decode().split()
+            ]
             self.assertEqual(len(logged), 8)
             self.assertEqual(sorted(self.drain(path)), sorted(logged))
 
@@ -1837,7 +1955,9 @@ log(c); os.kill(os.getpid(), 9)
         program, held = self.holder(path)
         self.kill_program(program)
         self.assertEqual(self.drain(path), held)
-        self.assertEqual(os.listdir(path.parent), [path.name])  # the dead one's lock file is gone, too
+        self.assertEqual(
+            os.listdir(path.parent), [path.name]
+        )  # the dead one's lock file is gone, too
 
     def test_logs_of_a_killed_holder_are_taken_over_by_a_running_client_out_of_work(self):
         path, transport = self.spool(), FakeTransport()
@@ -1888,12 +2008,20 @@ log(c); os.kill(os.getpid(), 9)
 
 class ExitTest(ProcessTestCase):
     def test_exit_without_close_delivers_whatever_ends_the_program_and_keeps_its_status(self):
-        endings = {"pass": 0, "sys.exit(3)": 3, "raise RuntimeError('app')": 1, "raise SystemExit('bye')": 1}
+        endings = {
+            "pass": 0,
+            "sys.exit(3)": 3,
+            "raise RuntimeError('app')": 1,
+            "raise SystemExit('bye')": 1,
+        }
         for ending, status in endings.items():
             with self.subTest(ending):
                 server = self.server()
                 logged = self.run_program(
-                    f"c = client(flush_delay=60); log(c, 300)\n{ending}", server.url, status=status, stderr=None
+                    f"c = client(flush_delay=60); log(c, 300)\n{ending}",
+                    server.url,
+                    status=status,
+                    stderr=None,
                 )
                 self.assertEqual(sorted(server.stored), sorted(logged))
 
@@ -1924,7 +2052,10 @@ say(time.monotonic())
     def test_exit_against_a_down_server_keeps_the_logs_in_the_spool(self):
         path = self.spool()
         logged = self.run_program(
-            "log(client(spool=sys.argv[2], transport=down, exit_timeout=0.1), 3)", "http://x", path, stderr=None
+            "log(client(spool=sys.argv[2], transport=down, exit_timeout=0.1), 3)",
+            "http://x",
+            path,
+            stderr=None,
         )
         self.assertEqual(os.listdir(path.parent), [path.name])
         self.assertEqual(self.drain(path), logged)
@@ -1939,7 +2070,11 @@ log(c, 3)
 """,
             "http://x",
         )  # fmt: skip
-        dropped = [int(line.split()[1]) for line in program.stdout.splitlines() if line.startswith("DROPPED")]
+        dropped = [
+            int(line.split()[1])
+            for line in program.stdout.splitlines()
+            if line.startswith("DROPPED")
+        ]
         self.assertEqual(sum(dropped), 3)
         self.assertIn("ERROR dropped 3 logs (closed)", program.stdout)
 
@@ -1960,7 +2095,9 @@ log(client(spool=sys.argv[2]), 300)
 
     def test_where_no_thread_can_be_started_flush_and_close_send_in_their_own_thread(self):
         transport = FakeTransport()
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        with mock.patch.object(
+            threading.Thread, "start", side_effect=RuntimeError("can't start new thread")
+        ):
             client = self.client(transport=transport)
             client.log(Log("x", 1))
             self.assertTrue(client.flush(LONG))
@@ -1973,7 +2110,9 @@ log(client(spool=sys.argv[2]), 300)
             raise KeyboardInterrupt
 
         client = self.client(ctrl_c)
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        with mock.patch.object(
+            threading.Thread, "start", side_effect=RuntimeError("can't start new thread")
+        ):
             client.log(Log("x", 1))
             with self.assertRaises(KeyboardInterrupt):
                 client.flush(LONG)
@@ -2011,7 +2150,9 @@ c = client(flush_delay=60)
 
     def test_os_exit_after_a_true_flush_has_delivered(self):
         server = self.server()
-        logged = self.run_program("c = client(flush_delay=60); log(c, 3); assert c.flush(25); os._exit(0)", server.url)
+        logged = self.run_program(
+            "c = client(flush_delay=60); log(c, 3); assert c.flush(25); os._exit(0)", server.url
+        )
         self.assertEqual(sorted(server.stored), sorted(logged))
 
     def test_sigterm_loses_unsent_logs_without_a_spool_and_none_with_one(self):
@@ -2160,7 +2301,9 @@ assert s.close(25)
         )  # fmt: skip
         self.assertEqual(sorted(server.stored), sorted(logged))
 
-    def test_preloaded_client_delivers_from_every_worker_and_the_spool_survives_the_masters_exit(self):
+    def test_preloaded_client_delivers_from_every_worker_and_the_spool_survives_the_masters_exit(
+        self,
+    ):
         """SQLite's locks are per process: carried over a fork, the master's close deletes the worker's WAL."""
         server, path = self.server(), self.spool()
         server.status = 502
@@ -2395,7 +2538,9 @@ twice("parent")
             server.url,
         )
         process_of = {log_id: name for name, log_id in zip(said[::2], said[1::2])}
-        sides = [{process_of[i] for request in seen for i in request} for seen in server.connections]
+        sides = [
+            {process_of[i] for request in seen for i in request} for seen in server.connections
+        ]
         self.assertEqual(sorted(map(sorted, sides)), [["child"], ["parent"]])
 
 
@@ -2480,13 +2625,19 @@ class SignalTest(ProcessTestCase):
                 self.assertTrue(client.flush(LONG))
                 self.assertEqual(self.assertBalanced(client).delivered, 4)
 
-    def test_a_log_that_interrupts_a_full_bounded_queue_fails_at_once_instead_of_waiting_for_itself(self):
+    def test_a_log_that_interrupts_a_full_bounded_queue_fails_at_once_instead_of_waiting_for_itself(
+        self,
+    ):
         for way in self.WAYS:
             for spool in (None, self.spool()):
                 with self.subTest(way.__name__, spool=bool(spool)):
                     raised = []
                     client = self.client(
-                        transport=FakeTransport(), flush_delay=60, queue_size=2, timeout=3600, spool=spool
+                        transport=FakeTransport(),
+                        flush_delay=60,
+                        queue_size=2,
+                        timeout=3600,
+                        spool=spool,
                     )
 
                     def log(client=client, raised=raised):
@@ -2504,7 +2655,10 @@ class SignalTest(ProcessTestCase):
 
     def test_a_log_that_interrupts_stats_and_close_is_accounted_for(self):
         for way in self.WAYS:
-            for method, call in (("_sweep", lambda c: c.close(LONG)), ("held", lambda c: c.log(Log("x", 1)))):
+            for method, call in (
+                ("_sweep", lambda c: c.close(LONG)),
+                ("held", lambda c: c.log(Log("x", 1))),
+            ):
                 with self.subTest(way.__name__, method=method):
                     client, interrupt = self.case(way, queue_size=100)
                     self.inside(client._outbox, method, interrupt)
@@ -2523,7 +2677,9 @@ class SignalTest(ProcessTestCase):
                 client.log(Log("x", 0))
                 self.assertTrue(client.flush(LONG))
                 call = getattr(client, name)
-                self.inside(client._outbox.buffer, "_insert", self.by_signal(lambda: answers.append(call())))
+                self.inside(
+                    client._outbox.buffer, "_insert", self.by_signal(lambda: answers.append(call()))
+                )
                 client.log(Log("x", 1))
                 self.assertEqual(answers, [False])
                 self.assertTrue(client.close(LONG))
@@ -2559,7 +2715,9 @@ while True:
     @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "no SIGSTOP here")
     def test_a_process_stopped_while_the_server_closes_its_idle_connection_loses_nothing(self):
         server = self.server()
-        server.served = 1  # answers one request a connection, then closes it, which the kept one does not know
+        server.served = (
+            1  # answers one request a connection, then closes it, which the kept one does not know
+        )
         program = self.start_program(
             """
 c = client()
@@ -2606,7 +2764,9 @@ sys.stdin.read()
         arrived = set(server.stored) | set(rest)
         self.assertEqual(sorted(set(logged) - arrived), [], "lost")
         self.assertEqual(self.rows(path), 0)
-        self.assertLessEqual(len(arrived - set(logged)), len(self.started))  # at most the log each was busy with
+        self.assertLessEqual(
+            len(arrived - set(logged)), len(self.started)
+        )  # at most the log each was busy with
         self.assertFalse([n for n in os.listdir(path.parent) if "damaged" in n])
 
     def start(self, server, seed, path, count):
@@ -2697,7 +2857,11 @@ class CallbackAndLoggingTest(ProcessTestCase):
             calls.append(len(logs))
             client.log(Log("dropped", len(logs)))
 
-        client = self.client(transport=FakeTransport(default=ConnectionError("down")), flush_delay=60, on_drop=on_drop)
+        client = self.client(
+            transport=FakeTransport(default=ConnectionError("down")),
+            flush_delay=60,
+            on_drop=on_drop,
+        )
         client.log(Log("x", 1))
         client.close(0)
         self.assertEqual(calls, [1])
@@ -2712,9 +2876,15 @@ class CallbackAndLoggingTest(ProcessTestCase):
                     transport = FakeTransport(default=status)
                     on_drop = (lambda logs, error: 1 / 0) if raises else None
                     client = self.client(
-                        transport=transport, flush_delay=0, retries=0, on_exhausted="drop", on_drop=on_drop
+                        transport=transport,
+                        flush_delay=0,
+                        retries=0,
+                        on_exhausted="drop",
+                        on_drop=on_drop,
                     )
-                    handler = self.handler(lambda record, client=client: client.log(Log("log.record", 1)))
+                    handler = self.handler(
+                        lambda record, client=client: client.log(Log("log.record", 1))
+                    )
                     client.log(Log("x", 1))
                     for _ in range(20):
                         client.flush(LONG)
@@ -2735,7 +2905,9 @@ class CallbackAndLoggingTest(ProcessTestCase):
                     client.log(entry)
                 client.close(LONG)
                 self.assertBalanced(client)
-                self.assertLessEqual(len(self.records), 3 + raises, [r.getMessage() for r in self.records])
+                self.assertLessEqual(
+                    len(self.records), 3 + raises, [r.getMessage() for r in self.records]
+                )
                 total = sum(r.args[0] for r in self.records if r.msg.startswith("dropped"))
                 self.assertEqual(total, client.stats().dropped["refused"])
 
@@ -2749,7 +2921,9 @@ class CallbackAndLoggingTest(ProcessTestCase):
         done = threading.Event()
 
         def configure():
-            logging.config.dictConfig({"version": 1, "incremental": False, "disable_existing_loggers": False})
+            logging.config.dictConfig(
+                {"version": 1, "incremental": False, "disable_existing_loggers": False}
+            )
             done.set()
 
         threading.Thread(target=configure, daemon=True).start()
@@ -2760,7 +2934,9 @@ class CallbackAndLoggingTest(ProcessTestCase):
     def test_a_handler_that_flushes_while_it_holds_its_lock_does_not_deadlock(self):
         client = self.client(transport=FakeTransport(401, 502, 200), flush_delay=0)
         answers = []
-        handler = self.handler(lambda record: (client.log(Log("y", 1)), answers.append(client.flush(LONG))), "app")
+        handler = self.handler(
+            lambda record: (client.log(Log("y", 1)), answers.append(client.flush(LONG))), "app"
+        )
         app = logging.getLogger("app")
         app.propagate = False
         logging.getLogger("chirrop").addHandler(handler)
@@ -2790,7 +2966,9 @@ class MemoryTest(ProcessTestCase):
             import tracemalloc
         except ImportError:
             self.skipTest("this Python cannot tell what its memory is used for")
-        self.client(transport=FakeTransport()).send_logs([Log("warm up", 1)])  # imports are not held logs
+        self.client(transport=FakeTransport()).send_logs(
+            [Log("warm up", 1)]
+        )  # imports are not held logs
         client = self.client(transport=transport, queue_size=1000, timeout=0.0001, flush_delay=0)
         client._link.preload()
         accepted = refused = 0
@@ -2813,12 +2991,17 @@ class MemoryTest(ProcessTestCase):
     def test_in_an_outage_memory_is_bounded_by_queue_size_in_flight_included(self):
         go = threading.Event()
         self.addCleanup(go.set)
-        cases = {"refused": lambda *a: (502, b"", {}), "stalled": lambda *a: go.wait(LONG) and (502, b"", {})}
+        cases = {
+            "refused": lambda *a: (502, b"", {}),
+            "stalled": lambda *a: go.wait(LONG) and (502, b"", {}),
+        }
         for name, transport in cases.items():
             with self.subTest(name):
                 held, peak = self.outage(transport)
                 self.assertLess(held, 1000 * 1400)  # a log is about 1,100 bytes
-                self.assertLess(peak, 1000 * 1400 + 2 * 250 * 1100)  # and a batch is joined for its request
+                self.assertLess(
+                    peak, 1000 * 1400 + 2 * 250 * 1100
+                )  # and a batch is joined for its request
                 go.set()
 
 
@@ -2852,7 +3035,9 @@ def answer(status=200, body=b"", **fields):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} -"]
     lines += [
-        f"{k.replace('_', '-')}: {v}" for k, v in {"Content_Length": len(body), **fields}.items() if v is not None
+        f"{k.replace('_', '-')}: {v}"
+        for k, v in {"Content_Length": len(body), **fields}.items()
+        if v is not None
     ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -2935,7 +3120,9 @@ class Request:
         first, *fields = head.decode("latin-1").split("\r\n")
         self.raw, self.body, self.connection = head + b"\r\n\r\n" + body, body, connection
         self.method, self.path, _ = first.split(" ")
-        self.headers = {k.lower(): v.strip() for k, _, v in (field.partition(":") for field in fields)}
+        self.headers = {
+            k.lower(): v.strip() for k, _, v in (field.partition(":") for field in fields)
+        }
 
     def logs(self):
         return json.loads(self.body)
@@ -3044,7 +3231,9 @@ class RawServer:
         self.ended.set()
         with contextlib.suppress(OSError):  # wakes accept()
             socket.create_connection(("127.0.0.1", self.port)).close()
-        for thread in self._threads:  # the first is the one that accepts: no connection is added after it
+        for (
+            thread
+        ) in self._threads:  # the first is the one that accepts: no connection is added after it
             for connection in self.connections:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
@@ -3212,7 +3401,9 @@ class RetryTableTest(SocketTestCase):
             "until the close": cut(answer(Content_Length=None, body=b"ok")),
             "HTTP/1.0": cut(b"HTTP/1.0 200 OK\r\n\r\n"),
             "after 100": b"HTTP/1.1 100 Continue\r\n\r\n" + answer(),
-            "after many 1xx": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 -\r\n\r\n" * 9 + answer(),
+            "after many 1xx": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 -\r\n\r\n"
+            * 9
+            + answer(),
         }.items():
             with self.subTest(name):
                 server = self.server(behaviour, default=answer(500))
@@ -3230,12 +3421,16 @@ class RetryTableTest(SocketTestCase):
         ):
             with self.subTest(status):
                 server, drops = self.server(answer(status, {"error": "no, thanks"})), []
-                client = self.deliver(server, on_drop=lambda logs, error: drops.append((ids(logs), error)))
+                client = self.deliver(
+                    server, on_drop=lambda logs, error: drops.append((ids(logs), error))
+                )
                 self.assertEqual(client.stats().dropped, {"refused": 1})
                 [request], [(dropped, error)] = server.requests, drops
                 self.assertEqual(dropped, ids(request.logs()))
                 self.assertIs(type(error), kind)
-                self.assertEqual((str(error), error.status_code), (f"HTTP {status}: no, thanks", status))
+                self.assertEqual(
+                    (str(error), error.status_code), (f"HTTP {status}: no, thanks", status)
+                )
                 self.assertEqual(error.body, {"error": "no, thanks"})
 
     def test_a_log_rejected_alone_is_dropped_with_the_servers_message(self):
@@ -3244,7 +3439,9 @@ class RetryTableTest(SocketTestCase):
                 server, drops = self.server(answer(status, {"message": "bad log"})), []
                 client = self.deliver(server, on_drop=lambda logs, error: drops.append(error))
                 self.assertEqual(client.stats().dropped, {"rejected": 1})
-                self.assertEqual((len(server.requests), str(drops[0])), (1, f"HTTP {status}: bad log"))
+                self.assertEqual(
+                    (len(server.requests), str(drops[0])), (1, f"HTTP {status}: bad log")
+                )
                 self.assertIs(type(drops[0]), chirrop.ChirrOpBadRequestError)
 
     def test_the_second_host_of_a_redirect_sees_nothing_at_all(self):
@@ -3361,11 +3558,16 @@ class RetryTableTest(SocketTestCase):
                     server = self.server(fault, default=answer(200, {"ok": 1}))
                     self.assertEqual(run(self.real(server)), {"ok": 1})
                     first, second = server.requests
-                    self.assertEqual((first.method, first.path, first.body), (second.method, second.path, second.body))
+                    self.assertEqual(
+                        (first.method, first.path, first.body),
+                        (second.method, second.path, second.body),
+                    )
 
     def test_what_is_not_safe_is_not_called_again_when_its_outcome_is_unknown(self):
         for name, fault in {**FAULTS, **FLOODS}.items():
-            calls = UNSAFE.items() if fault is reset else [("create_policy", UNSAFE["create_policy"])]
+            calls = (
+                UNSAFE.items() if fault is reset else [("create_policy", UNSAFE["create_policy"])]
+            )
             for call, run in calls:
                 with self.subTest(f"{call}: {name}"):
                     server = self.server(fault)
@@ -3389,7 +3591,9 @@ class RetryTableTest(SocketTestCase):
                     self.assertEqual(len(server.requests), 1)
 
     def test_a_connection_reset_while_the_request_is_read_is_an_unknown_outcome(self):
-        server = self.server(greet=lambda connection: connection.more() and connection.close(reset=True))
+        server = self.server(
+            greet=lambda connection: connection.more() and connection.close(reset=True)
+        )
         with self.assertRaises(chirrop.ChirrOpTransportError):
             UNSAFE["create_event"](self.real(server))
         self.assertEqual(len(server.connections), 1)
@@ -3406,9 +3610,13 @@ class RetryTableTest(SocketTestCase):
     def test_a_call_is_repeated_after_a_failed_tls_handshake(self):
         server, context = self.tls_server(greet=None)
         plain = self.server(greet=lambda connection: connection.close())
-        os.environ["https_proxy"] = plain.url  # refuses the first tunnel, and no byte of the request was sent
+        os.environ["https_proxy"] = (
+            plain.url
+        )  # refuses the first tunnel, and no byte of the request was sent
         client = self.real(server, ssl_context=context)
-        client._outbox._rand = lambda: setattr(plain, "_greet", None) or setattr(plain, "default", tunnel) or 0.0
+        client._outbox._rand = lambda: (
+            setattr(plain, "_greet", None) or setattr(plain, "default", tunnel) or 0.0
+        )
         self.assertEqual(UNSAFE["create_event"](client), {})
         self.assertEqual((len(server.requests), len(plain.connections)), (1, 2))
 
@@ -3423,7 +3631,10 @@ class RetryTableTest(SocketTestCase):
         for value, seconds in (("31", 31.0), ("999999999", 300.0)):
             server = self.server(answer(429, {"error": "slow down"}, Retry_After=value))
             for run in (SAFE["list_events"], UNSAFE["create_event"]):
-                with self.subTest(value), self.assertRaises(chirrop.ChirrOpRateLimitError) as caught:
+                with (
+                    self.subTest(value),
+                    self.assertRaises(chirrop.ChirrOpRateLimitError) as caught,
+                ):
                     server.script[:] = [answer(429, {"error": "slow down"}, Retry_After=value)]
                     run(self.real(server))
                 self.assertEqual(caught.exception.retry_after, seconds)
@@ -3438,7 +3649,9 @@ class RetryTableTest(SocketTestCase):
                         self.assertEqual(run(self.real(server)), {})
                         self.assertEqual(len(server.requests), 2)
                     else:
-                        with self.assertRaisesRegex(chirrop.ChirrOpServerError, f"HTTP {status}: bad gateway"):
+                        with self.assertRaisesRegex(
+                            chirrop.ChirrOpServerError, f"HTTP {status}: bad gateway"
+                        ):
                             run(self.real(server))
                         self.assertEqual(len(server.requests), 1)
 
@@ -3451,10 +3664,15 @@ class RetryTableTest(SocketTestCase):
                     server = self.server(answer(status, {"error": "no"}))
                     with self.assertRaises(kind) as caught:
                         run(self.real(server))
-                    self.assertEqual((str(caught.exception), len(server.requests)), (f"HTTP {status}: no", 1))
+                    self.assertEqual(
+                        (str(caught.exception), len(server.requests)), (f"HTTP {status}: no", 1)
+                    )
 
     def test_a_call_that_fails_every_time_raises_after_its_retries(self):
-        for default, kind in ((reset, chirrop.ChirrOpTransportError), (answer(502), chirrop.ChirrOpServerError)):
+        for default, kind in (
+            (reset, chirrop.ChirrOpTransportError),
+            (answer(502), chirrop.ChirrOpServerError),
+        ):
             server = self.server(default=default)
             with self.assertRaises(kind):
                 self.real(server).list_events()
@@ -3474,10 +3692,30 @@ def mixed_logs(count):
     """Return logs of mixed agents, meta and times."""
     now = datetime.now(timezone.utc)
     agents = (None, "billing", "späher-агент", "a b/c")
-    metas = (None, {"result": "ok"}, {"text": "naïve 🐦\n\"'"}, [1, 2.5, None], "plain", {"deep": {"er": [True]}}, 0)
-    times = (None, now - timedelta(days=29), now + timedelta(hours=23), (now - timedelta(hours=1)).isoformat())
+    metas = (
+        None,
+        {"result": "ok"},
+        {"text": "naïve 🐦\n\"'"},
+        [1, 2.5, None],
+        "plain",
+        {"deep": {"er": [True]}},
+        0,
+    )
+    times = (
+        None,
+        now - timedelta(days=29),
+        now + timedelta(hours=23),
+        (now - timedelta(hours=1)).isoformat(),
+    )
     return [
-        Log(f"job.{i % 7}.count", i / 7 if i % 3 else i, agents[i % 4], None, metas[i % 7], times[i % 5 % 4])
+        Log(
+            f"job.{i % 7}.count",
+            i / 7 if i % 3 else i,
+            agents[i % 4],
+            None,
+            metas[i % 7],
+            times[i % 5 % 4],
+        )
         for i in range(count)
     ]
 
@@ -3485,7 +3723,9 @@ def mixed_logs(count):
 class MainJobTest(SocketTestCase):
     def log_from_threads(self, client, logs, threads=4):
         workers = [
-            threading.Thread(target=lambda part: [client.log(log) for log in part], args=(logs[i::threads],))
+            threading.Thread(
+                target=lambda part: [client.log(log) for log in part], args=(logs[i::threads],)
+            )
             for i in range(threads)
         ]
         for worker in workers:
@@ -3501,9 +3741,13 @@ class MainJobTest(SocketTestCase):
         self.assertLessEqual(max(len(request.logs()) for request in server.requests), 250)
         arrived = server.logs()
         self.assertEqual(len(arrived), 10000)
-        self.assertEqual({log["log_id"]: log for log in arrived}, {log.log_id: log.to_dict() for log in logs})
+        self.assertEqual(
+            {log["log_id"]: log for log in arrived}, {log.log_id: log.to_dict() for log in logs}
+        )
         stats = self.assertBalanced(client)
-        self.assertEqual((stats.accepted, stats.delivered, stats.queued, stats.in_flight), (10000, 10000, 0, 0))
+        self.assertEqual(
+            (stats.accepted, stats.delivered, stats.queued, stats.in_flight), (10000, 10000, 0, 0)
+        )
         for request in server.requests:
             self.assertEqual((request.method, request.path), ("POST", "/v1.0/logs"))
             self.assertEqual(request.headers["authorization"], f"Bearer {KEY}")
@@ -3511,7 +3755,14 @@ class MainJobTest(SocketTestCase):
             self.assertEqual(request.headers["user-agent"], f"chirrop-python/{chirrop.__version__}")
 
     def test_what_is_retried_is_the_same_to_the_byte_and_of_the_time_of_logging(self):
-        faults = [reset, answer(502), cut(), answer(429, Retry_After="0"), cut(answer(Content_Length=9)), answer()]
+        faults = [
+            reset,
+            answer(502),
+            cut(),
+            answer(429, Retry_After="0"),
+            cut(answer(Content_Length=9)),
+            answer(),
+        ]
         server = self.server(*faults * 4)
         client = self.real(server)
         logs, made = [], {}
@@ -3526,11 +3777,18 @@ class MainJobTest(SocketTestCase):
         for request in server.requests:
             attempts.setdefault(request.body, set()).update(ids(request.logs()))
         self.assertLess(len(attempts), len(server.requests))
-        self.assertEqual(sum(map(len, attempts.values())), 3000)  # no log is in two different bodies
+        self.assertEqual(
+            sum(map(len, attempts.values())), 3000
+        )  # no log is in two different bodies
         self.assertEqual(set().union(*attempts.values()), set(made))
         for log in server.logs():
             before, after = made[log["log_id"]]
-            self.assertTrue(before - timedelta(milliseconds=1) <= chirrop._parse_time(log["occurred_at"]) <= after, log)
+            self.assertTrue(
+                before - timedelta(milliseconds=1)
+                <= chirrop._parse_time(log["occurred_at"])
+                <= after,
+                log,
+            )
         self.assertEqual(self.assertBalanced(client).delivered, 3000)
 
     def test_nothing_is_sent_before_the_first_log_and_connections_end_with_the_client(self):
@@ -3575,7 +3833,9 @@ class SplitTest(SocketTestCase):
                     if not any(log["value"] in bad for log in r.logs())
                     for log in r.logs()
                 ]
-                self.assertEqual(sorted(good), [value for value in range(250) if value not in bad])  # each once
+                self.assertEqual(
+                    sorted(good), [value for value in range(250) if value not in bad]
+                )  # each once
 
     def test_a_batch_in_which_all_are_bad_takes_at_most_64_requests(self):
         server, stats, drops = self.run_batch(lambda value: True)
@@ -3673,10 +3933,13 @@ class FlushTest(SocketTestCase):
     def test_close_during_a_backoff_that_goes_on_returns_in_its_time(self):
         drops = []
         server, client = self.waiting(
-            *[answer(429, Retry_After="60")] * 9, on_drop=lambda logs, error: drops.append(str(error))
+            *[answer(429, Retry_After="60")] * 9,
+            on_drop=lambda logs, error: drops.append(str(error)),
         )
         self.assertFalse(client.close(timeout=0.1))
-        self.assertEqual((client.stats().dropped, drops), ({"closed": 1}, ["not sent before close"]))
+        self.assertEqual(
+            (client.stats().dropped, drops), ({"closed": 1}, ["not sent before close"])
+        )
 
     def test_close_ends_the_wait_of_send_logs_and_of_control_plane_calls(self):
         for call in (lambda c: c.send_logs([Log("a.b.count", 1)]), lambda c: c.list_events()):
@@ -3697,7 +3960,9 @@ class FlushTest(SocketTestCase):
             self.addCleanup(thread.join, LONG)
             self.assertTrue(pausing.wait(LONG))
             client.close(0)
-            self.assertIsInstance(raised.get(timeout=10), chirrop.ChirrOpRateLimitError)  # far below the 29 s
+            self.assertIsInstance(
+                raised.get(timeout=10), chirrop.ChirrOpRateLimitError
+            )  # far below the 29 s
 
     def test_flush_and_close_from_on_drop_do_not_wait_for_themselves(self):
         for name, act in (
@@ -3719,7 +3984,9 @@ class FlushTest(SocketTestCase):
                 done.get(timeout=LONG / 2)
                 client.flush(LONG)
                 stats = self.assertBalanced(client)
-                self.assertEqual((stats.dropped["refused"], stats.accepted, stats.queued), (1, 2, 0))
+                self.assertEqual(
+                    (stats.dropped["refused"], stats.accepted, stats.queued), (1, 2, 0)
+                )
 
     def test_flush_reports_false_when_a_log_was_refused_and_the_client_goes_on(self):
         server = self.server(answer(503))
@@ -3752,7 +4019,11 @@ class KeepAliveTest(SocketTestCase):
         return [request.connection for request in server.requests]
 
     def test_many_flushes_share_one_connection(self):
-        for name, default in (("empty", answer()), ("body", answer(200, {"a": 1})), ("chunks", chunked(b"{}", b""))):
+        for name, default in (
+            ("empty", answer()),
+            ("body", answer(200, {"a": 1})),
+            ("chunks", chunked(b"{}", b"")),
+        ):
             with self.subTest(name):
                 server = self.server(default=default)
                 self.flushes(self.real(server), 10)
@@ -3770,7 +4041,12 @@ class KeepAliveTest(SocketTestCase):
         self.assertEqual((self.on(server), len(proxy.connections)), ([0] * 10, 1))
 
     def test_reads_logs_and_refusals_share_one_connection(self):
-        server = self.server(answer(), answer(404, {"error": "no"}), answer(204, Content_Length=None), answer(200, []))
+        server = self.server(
+            answer(),
+            answer(404, {"error": "no"}),
+            answer(204, Content_Length=None),
+            answer(200, []),
+        )
         client = self.deliver(server)
         with self.assertRaises(chirrop.ChirrOpNotFoundError):
             client.get_event("e")
@@ -3788,13 +4064,17 @@ class KeepAliveTest(SocketTestCase):
     def test_an_idle_connection_that_the_server_has_closed_is_replaced_without_a_retry(self):
         for tls in (False, True):
             with self.subTest(tls=tls):
-                server, context = self.tls_server(cut(answer())) if tls else (self.server(cut(answer())), None)
+                server, context = (
+                    self.tls_server(cut(answer())) if tls else (self.server(cut(answer())), None)
+                )
                 client = self.real(server, ssl_context=context)
                 client._outbox._rand = lambda: self.fail("backed off")
                 self.flushes(client, 1)
                 self.assertTrue(server.connections[0].closed.wait(LONG))
                 self.flushes(client, 2)
-                self.assertEqual(self.on(server), [0, 1, 1])  # polled: nothing was sent on the dead one
+                self.assertEqual(
+                    self.on(server), [0, 1, 1]
+                )  # polled: nothing was sent on the dead one
 
     def test_a_kept_connection_that_dies_with_the_request_is_replaced_without_a_retry(self):
         for name, death in (("close", cut()), ("reset", reset)):
@@ -3878,7 +4158,9 @@ class KeepAliveTest(SocketTestCase):
             connection.sock.sendall(answer(200, ["stray"]))
             strayed.set()
 
-        server = self.server(stray, answer(200, ["new"]) + answer(200, ["stray"]), default=answer(200, ["newer"]))
+        server = self.server(
+            stray, answer(200, ["new"]) + answer(200, ["stray"]), default=answer(200, ["newer"])
+        )
         client = self.real(server)
         self.assertEqual(client.list_events(), ["mine"])
         answered.set()
@@ -3908,7 +4190,9 @@ class KeepAliveTest(SocketTestCase):
         server = self.server(meet, meet, default=answer(200, []))
         client, results = self.real(server), queue.Queue()
         threads = [
-            threading.Thread(target=lambda name: results.put((name, client.get_event(name))), args=(name,))
+            threading.Thread(
+                target=lambda name: results.put((name, client.get_event(name))), args=(name,)
+            )
             for name in ("x", "y")
         ]
         for thread in threads:
@@ -3972,7 +4256,9 @@ class TransportSecurityTest(SocketTestCase):
         server, _ = self.tls_server()
         client = self.real(server, retries=0, servicer_retries=0)
         for call in (lambda: client.send_logs([Log("a.b.count", 1)]), client.list_events):
-            with self.assertRaisesRegex(chirrop.ChirrOpTransportError, "(?i)certificate.verify.failed"):
+            with self.assertRaisesRegex(
+                chirrop.ChirrOpTransportError, "(?i)certificate.verify.failed"
+            ):
                 call()
         server.close()
         self.assertEqual([connection.received for connection in server.connections], [b"", b""])
@@ -3980,7 +4266,9 @@ class TransportSecurityTest(SocketTestCase):
 
     def test_a_certificate_for_another_name_is_refused(self):
         server, context = self.tls_server()
-        client = self.real(server.url.replace("127.0.0.1", "localhost"), ssl_context=context, servicer_retries=0)
+        client = self.real(
+            server.url.replace("127.0.0.1", "localhost"), ssl_context=context, servicer_retries=0
+        )
         with self.assertRaisesRegex(chirrop.ChirrOpTransportError, "(?i)certificate"):
             client.list_events()
         self.assertEqual(server.requests, [])
@@ -4057,7 +4345,12 @@ class TransportSecurityTest(SocketTestCase):
     def test_only_http_and_https_are_spoken(self):
         path = self.folder() / "secret.json"
         path.write_text("[]")
-        for url in (path.as_uri(), "ftp://127.0.0.1/x", "data:application/json,[]", "gopher://127.0.0.1/"):
+        for url in (
+            path.as_uri(),
+            "ftp://127.0.0.1/x",
+            "data:application/json,[]",
+            "gopher://127.0.0.1/",
+        ):
             with self.subTest(url[:10]):
                 for field in ("api_endpoint", "servicer_endpoint"):
                     with self.assertRaises(chirrop.ChirrOpValidationError):
@@ -4075,7 +4368,9 @@ class TransportSecurityTest(SocketTestCase):
             with self.subTest(path=path), self.assertRaises(chirrop.ChirrOpValidationError):
                 client.request("GET", path)
         client.request("GET", "//evil.example/x")
-        self.assertEqual(server.requests.pop().path, "/v1.0/evil.example/x")  # a path, not another host
+        self.assertEqual(
+            server.requests.pop().path, "/v1.0/evil.example/x"
+        )  # a path, not another host
         for method in ("", "GET /x HTTP/1.1\r\nX:", "GET\n", "GÉT", "G T", None, b"GET"):
             with self.subTest(method=method), self.assertRaises(chirrop.ChirrOpValidationError):
                 client.request(method, "/events")
@@ -4109,12 +4404,17 @@ class TransportSecurityTest(SocketTestCase):
             ("until the close", cut(answer(200, body, Content_Length=None))),
         ):
             for limit, fits in ((1000, True), (999, False)):
-                with self.subTest(name, limit=limit), mock.patch.object(chirrop, "MAX_ANSWER_BYTES", limit):
+                with (
+                    self.subTest(name, limit=limit),
+                    mock.patch.object(chirrop, "MAX_ANSWER_BYTES", limit),
+                ):
                     client = self.real(self.server(default=whole), servicer_retries=0)
                     if fits:
                         self.assertEqual(client.list_events(), [])
                     else:
-                        with self.assertRaisesRegex(chirrop.ChirrOpTransportError, "larger than 999 bytes"):
+                        with self.assertRaisesRegex(
+                            chirrop.ChirrOpTransportError, "larger than 999 bytes"
+                        ):
                             client.list_events()
 
     # The key.
@@ -4123,7 +4423,9 @@ class TransportSecurityTest(SocketTestCase):
 
     def shown(self, exc):
         """Return all that a log, a crash report or a pickle may show of an exception."""
-        text = "".join(traceback.TracebackException.from_exception(exc, capture_locals=True).format())
+        text = "".join(
+            traceback.TracebackException.from_exception(exc, capture_locals=True).format()
+        )
         chain, link = [], exc
         while link is not None:
             chain += [str(link), repr(link), repr(link.args)]
@@ -4145,31 +4447,44 @@ class TransportSecurityTest(SocketTestCase):
         """Return behaviours that send the key back in every place of an answer."""
         escaped = json.dumps(self.CANARY)[1:-1]
         return {
-            "in a refusal": lambda c, r: answer(401, {"error": f"bad key {self.CANARY}", "key": self.CANARY}),
+            "in a refusal": lambda c, r: answer(
+                401, {"error": f"bad key {self.CANARY}", "key": self.CANARY}
+            ),
             "in a refusal, slashes escaped": lambda c, r: answer(
                 401, ('{"error": "bad key %s"}' % escaped.replace("/", "\\/")).encode()
             ),
             "in a rejection": lambda c, r: answer(400, {"message": r.headers["authorization"]}),
             "as plain text": lambda c, r: answer(502, r.raw),
-            "in the reason": lambda c, r: cut(b"HTTP/1.1 403 " + r.headers["authorization"].encode() + b"\r\n\r\n")(
+            "in the reason": lambda c, r: cut(
+                b"HTTP/1.1 403 " + r.headers["authorization"].encode() + b"\r\n\r\n"
+            )(c, r),
+            "in a header": lambda c, r: answer(429, Retry_After=r.headers["authorization"]),
+            "in a redirect": lambda c, r: answer(
+                302, Location="http://127.0.0.1/" + r.headers["authorization"]
+            ),
+            "instead of HTTP": lambda c, r: cut(r.headers["authorization"].encode() + b"\r\n\r\n")(
                 c, r
             ),
-            "in a header": lambda c, r: answer(429, Retry_After=r.headers["authorization"]),
-            "in a redirect": lambda c, r: answer(302, Location="http://127.0.0.1/" + r.headers["authorization"]),
-            "instead of HTTP": lambda c, r: cut(r.headers["authorization"].encode() + b"\r\n\r\n")(c, r),
             "as the version": lambda c, r: cut(
                 b"HTTP/9" + r.headers["authorization"][7:].encode() + b" 200 OK\r\n\r\n"
             )(c, r),
-            "as a status": lambda c, r: cut(b"HTTP/1.1 " + r.headers["authorization"][7:].encode() + b"\r\n\r\n")(c, r),
+            "as a status": lambda c, r: cut(
+                b"HTTP/1.1 " + r.headers["authorization"][7:].encode() + b"\r\n\r\n"
+            )(c, r),
             "in a truncated body": lambda c, r: cut(answer(200, r.raw, Content_Length=99999))(c, r),
-            "in a bad chunk": lambda c, r: cut(chunked() + r.headers["authorization"].encode() + b"\r\n")(c, r),
+            "in a bad chunk": lambda c, r: cut(
+                chunked() + r.headers["authorization"].encode() + b"\r\n"
+            )(c, r),
             "in a 2xx that is not JSON": lambda c, r: answer(200, r.raw),
         }
 
     def test_no_error_shows_the_key(self):
         paths = {**FAULTS, **self.echoes()}
         paths.update(
-            {str(s): answer(s, {"error": "x"}) for s in (301, 400, 401, 403, 404, 408, 418, 429, 500, 502, 503)}
+            {
+                str(s): answer(s, {"error": "x"})
+                for s in (301, 400, 401, 403, 404, 408, 418, 429, 500, 502, 503)
+            }
         )
         paths["a long Retry-After"] = answer(429, Retry_After="99")
         logging.getLogger().setLevel(logging.DEBUG)
@@ -4197,7 +4512,9 @@ class TransportSecurityTest(SocketTestCase):
                 for error in [*drops, client.stats().last_error]:
                     if error is not None:
                         self.assertNoKey(self.shown(error), name)
-                self.assertNoKey(repr((client, client.config, client.stats(), vars(client.config))), name)
+                self.assertNoKey(
+                    repr((client, client.config, client.stats(), vars(client.config))), name
+                )
                 server.close()
         self.assertTrue(self.records)
         for record in self.records:
@@ -4215,14 +4532,18 @@ class TransportSecurityTest(SocketTestCase):
             ("no such host", "http://chirrop.invalid", {}),
         ):
             with self.subTest(name), mock.patch.dict(os.environ, env):
-                client = self.real(url, api_key=self.CANARY, servicer_retries=0, retries=0, timeout=0.3)
+                client = self.real(
+                    url, api_key=self.CANARY, servicer_retries=0, retries=0, timeout=0.3
+                )
                 for call in (client.list_events, lambda: client.send_logs([Log("a.b.count", 1)])):
                     self.assertNoKey(self.shown_by(call, chirrop.ChirrOpTransportError), name)
 
     def test_no_error_of_a_transport_of_ones_own_shows_the_key(self):
         def transport(method, url, body, headers, timeout):
             self.assertNoKey(repr(headers), "headers")
-            raise RuntimeError(f"cannot send {dict(headers)} with {str.__str__(headers['Authorization'])}")
+            raise RuntimeError(
+                f"cannot send {dict(headers)} with {str.__str__(headers['Authorization'])}"
+            )
 
         client = self.client(transport=transport, api_key=self.CANARY, servicer_retries=0)
         shown = self.shown_by(client.list_events, chirrop.ChirrOpTransportError)
@@ -4241,14 +4562,20 @@ class TransportSecurityTest(SocketTestCase):
             "by new_client": lambda: new_client(api_key=self.CANARY, timeout="x"),
             "unknown field": lambda: new_client(api_key=self.CANARY, nonsense=1),
             "by initialize": lambda: chirrop.initialize(api_key=self.CANARY, timeout="x"),
-            "as an endpoint's user": lambda: Config(KEY, api_endpoint=f"https://{self.CANARY[:10]}@127.0.0.1/"),
+            "as an endpoint's user": lambda: Config(
+                KEY, api_endpoint=f"https://{self.CANARY[:10]}@127.0.0.1/"
+            ),
             "without a key": lambda: Client(),
             "in place of a config": lambda: new_client(self.CANARY),
             "in place of a config, to Client": lambda: Client(self.CANARY),
             "in place of a config, to initialize": lambda: chirrop.initialize(self.CANARY),
         }.items():
             with self.subTest(name):
-                if name in ("not a string", "bytes", "as an endpoint's user"):  # nobody can tell that this is a key
+                if name in (
+                    "not a string",
+                    "bytes",
+                    "as an endpoint's user",
+                ):  # nobody can tell that this is a key
                     with self.assertRaises(ValueError) as caught:
                         make()
                     self.assertNoKey(str(caught.exception), name)
@@ -4269,7 +4596,9 @@ class ClientTest(TestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(transport.logs(), [log.to_dict() for log in sent])
         method, url, _, headers, timeout = transport.requests[0]
-        self.assertEqual((method, url, timeout), ("POST", "https://logs.chirrop.com/v1.0/logs", 10.0))
+        self.assertEqual(
+            (method, url, timeout), ("POST", "https://logs.chirrop.com/v1.0/logs", 10.0)
+        )
         self.assertEqual(headers["Authorization"], f"Bearer {KEY}")
         self.assertEqual(headers["Content-Type"], "application/json")
 
@@ -4287,7 +4616,10 @@ class ClientTest(TestCase):
         self.assertEqual(threading.active_count(), before)
         client.log(Log("a", 1))
         client.flush(LONG)
-        self.assertEqual([t.name for t in threading.enumerate() if t.name.startswith("chirrop")], ["chirrop-sender-1"])
+        self.assertEqual(
+            [t.name for t in threading.enumerate() if t.name.startswith("chirrop")],
+            ["chirrop-sender-1"],
+        )
         self.assertTrue(client.close())
         self.assertEqual(threading.active_count(), before)
 
@@ -4328,7 +4660,9 @@ class ClientTest(TestCase):
     def test_close_drops_and_reports_what_it_cannot_send(self):
         dropped = []
         client = self.client(
-            transport=FakeTransport(default=502), retries=1, on_drop=lambda logs, error: dropped.extend(logs)
+            transport=FakeTransport(default=502),
+            retries=1,
+            on_drop=lambda logs, error: dropped.extend(logs),
         )
         sent = [Log("a", i) for i in range(3)]
         for log in sent:
@@ -4359,7 +4693,8 @@ class ClientTest(TestCase):
             with self.subTest(status):
                 dropped = []
                 client = self.client(
-                    status, on_drop=lambda logs, error, d=dropped: d.append((len(logs), error.status_code))
+                    status,
+                    on_drop=lambda logs, error, d=dropped: d.append((len(logs), error.status_code)),
                 )
                 client.log(Log("a", 1))
                 client.log(Log("a", 2))
@@ -4390,7 +4725,9 @@ class ClientTest(TestCase):
             self.assertTrue(client.flush(LONG))
         client.close()
         said = [(r.levelname, r.getMessage().split(":")[0]) for r in self.records]
-        self.assertEqual(said, [("WARNING", "logs are held, retrying"), ("INFO", "logs are accepted again")] * 2)
+        self.assertEqual(
+            said, [("WARNING", "logs are held, retrying"), ("INFO", "logs are accepted again")] * 2
+        )
 
     def test_a_full_bounded_queue_waits_for_room_then_raises(self):
         gate, entered = threading.Event(), threading.Event()
@@ -4400,7 +4737,9 @@ class ClientTest(TestCase):
             gate.wait(LONG)
             return 200, b"", {}
 
-        client = self.client(transport=FakeTransport(default=slow), queue_size=2, batch_size=1, timeout=0.05)
+        client = self.client(
+            transport=FakeTransport(default=slow), queue_size=2, batch_size=1, timeout=0.05
+        )
         self.addCleanup(gate.set)
         client.log(Log("a", 1))
         self.assertTrue(entered.wait(LONG))
@@ -4448,7 +4787,9 @@ class ClientTest(TestCase):
         transport = FakeTransport(502, OSError("reset"), 200)
         client = self.client(transport=transport)
         client.send_logs(Log("a", i) for i in range(600))
-        self.assertEqual([len(json.loads(r[2])) for r in transport.requests], [250, 250, 250, 250, 100])
+        self.assertEqual(
+            [len(json.loads(r[2])) for r in transport.requests], [250, 250, 250, 250, 100]
+        )
         self.assertEqual(client.stats().delivered, 600)
         self.assertEqual(client._sender._threads, [])
 
@@ -4506,7 +4847,9 @@ class ClientTest(TestCase):
 
     def test_stats_balance_at_every_moment_of_a_busy_client(self):
         client = self.client(
-            transport=FakeTransport(default=lambda body: (random.choice((200, 200, 400, 502, 401)), b"", {})),
+            transport=FakeTransport(
+                default=lambda body: (random.choice((200, 200, 400, 502, 401)), b"", {})
+            ),
             retries=50,
         )
         done = threading.Event()
@@ -4566,7 +4909,16 @@ class ControlPlaneTest(TestCase):
                 self.assertEqual("Content-Type" in request[3], body is not None)
 
     def test_the_table_is_complete_and_each_docstring_names_its_route(self):
-        verbs = ("list_", "get_", "create_", "update_", "test_", "acknowledge_", "resolve_", "archive_")
+        verbs = (
+            "list_",
+            "get_",
+            "create_",
+            "update_",
+            "test_",
+            "acknowledge_",
+            "resolve_",
+            "archive_",
+        )
         self.assertEqual({n for n in dir(Client) if n.startswith(verbs)}, {c[0] for c in CALLS})
         self.assertEqual(len(CALLS), 21)
         for name, _, method, path, _ in CALLS:
@@ -4593,10 +4945,16 @@ class ControlPlaneTest(TestCase):
                             getattr(client, name)(*args)
                     else:
                         getattr(client, name)(*args)
-                    self.assertEqual(len(client._link._transport.requests), 1 if name in CREATING else 3)
+                    self.assertEqual(
+                        len(client._link._transport.requests), 1 if name in CREATING else 3
+                    )
 
     def test_every_call_is_repeated_on_429_and_when_no_connection_was_made(self):
-        for failure in ((429, b"", {"Retry-After": "0"}), ConnectionRefusedError(), chirrop._NeverSent("dns")):
+        for failure in (
+            (429, b"", {"Retry-After": "0"}),
+            ConnectionRefusedError(),
+            chirrop._NeverSent("dns"),
+        ):
             for name, args, *_ in CALLS:
                 client = self.client(failure, failure, 200)
                 getattr(client, name)(*args)
@@ -4607,7 +4965,8 @@ class ControlPlaneTest(TestCase):
             client = self.client(200)
             getattr(client, name)(*args)
             self.assertEqual(
-                client._link._transport.requests[0][3].get("Connection"), "close" if name in CREATING else None
+                client._link._transport.requests[0][3].get("Connection"),
+                "close" if name in CREATING else None,
             )
 
     def test_a_final_status_is_raised_at_once(self):
@@ -4615,7 +4974,9 @@ class ControlPlaneTest(TestCase):
             client = self.client(status)
             with self.assertRaises(chirrop.ChirrOpNonRetryableError) as caught:
                 client.list_events()
-            self.assertEqual((caught.exception.status_code, len(client._link._transport.requests)), (status, 1))
+            self.assertEqual(
+                (caught.exception.status_code, len(client._link._transport.requests)), (status, 1)
+            )
 
     def test_a_long_retry_after_raises_at_once_and_a_short_one_is_waited_for(self):
         client = self.client((429, b"", {"Retry-After": "31"}))
@@ -4674,14 +5035,22 @@ class ControlPlaneTest(TestCase):
         ):
             client = self.client()
             client.get_event(given)
-            self.assertEqual(client._link._transport.requests[0][1], f"https://api.chirrop.com/v1.0/events/{segment}")
+            self.assertEqual(
+                client._link._transport.requests[0][1],
+                f"https://api.chirrop.com/v1.0/events/{segment}",
+            )
         for bad in ("", "  ", ".", "..", None, 5, b"x", "\ud800"):
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "id must be"):
                 self.client(AssertionError).get_alert(bad)
 
     def test_request_reaches_the_rest_and_only_below_the_base(self):
         client = self.client((200, b"[1]", {}))
-        self.assertEqual(client.request("patch", "/x/y%2Fz/", {"a": 1, "b": None, "c": True, "d": "é &"}, body=[]), [1])
+        self.assertEqual(
+            client.request(
+                "patch", "/x/y%2Fz/", {"a": 1, "b": None, "c": True, "d": "é &"}, body=[]
+            ),
+            [1],
+        )
         self.assertEqual(
             client._link._transport.requests[0][:3],
             ("PATCH", "https://api.chirrop.com/v1.0/x/y%2Fz?a=1&c=true&d=%C3%A9+%26", b"[]"),
@@ -4715,7 +5084,11 @@ class ControlPlaneTest(TestCase):
         self.assertEqual(list(client.iter_event_logs("e", "hour", page_size=5)), rows)
         self.assertEqual(list(client.iter_alert_deliveries("a", "all", page_size=2)), rows)
         stubborn = self.client(transport=FakeTransport(default=(200, b'[{"n": 1}]', {})))
-        self.assertEqual(list(stubborn.iter_event_logs("e", "day")), [{"n": 1}], "a server that ignores the offset")
+        self.assertEqual(
+            list(stubborn.iter_event_logs("e", "day")),
+            [{"n": 1}],
+            "a server that ignores the offset",
+        )
 
     def test_find_event_goes_by_name_and_agent(self):
         listed = [
@@ -4725,7 +5098,9 @@ class ControlPlaneTest(TestCase):
             {"event": "c", "event_id": "4"},
             {"event": "c", "agent": "x", "event_id": "5"},
         ]
-        client = self.client(transport=FakeTransport(default=(200, json.dumps(listed).encode(), {})))
+        client = self.client(
+            transport=FakeTransport(default=(200, json.dumps(listed).encode(), {}))
+        )
         for args, found in (
             (("a", "x"), "1"),
             ((" a ", " y "), "2"),
@@ -4737,7 +5112,9 @@ class ControlPlaneTest(TestCase):
             (("d",), None),
         ):
             self.assertEqual((client.find_event(*args) or {}).get("event_id"), found, args)
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "several have an event 'a': x, y"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError, "several have an event 'a': x, y"
+        ):
             client.find_event("a")
 
 
@@ -4755,7 +5132,10 @@ class TimerTest(TestCase):
             raise KeyError("x")
         client.flush(LONG)
         logs = transport.logs()
-        self.assertEqual([log.get("meta") for log in logs], [{"k": 1, "result": "success"}] * 2 + [{"result": "error"}])
+        self.assertEqual(
+            [log.get("meta") for log in logs],
+            [{"k": 1, "result": "success"}] * 2 + [{"result": "error"}],
+        )
         self.assertTrue(all(0 <= log["value"] < 10_000 for log in logs))
 
     def test_it_decorates_functions_sync_and_async(self):
@@ -4794,12 +5174,16 @@ class TimerTest(TestCase):
                 client.timer(**fields)
 
     def test_a_full_queue_does_not_break_the_measured_code(self):
-        client = self.client(transport=FakeTransport(default=502), queue_size=1, timeout=0.01, retries=0)
+        client = self.client(
+            transport=FakeTransport(default=502), queue_size=1, timeout=0.01, retries=0
+        )
         client.log(Log("a", 1))
         with client.timer("t"):
             pass
         client.flush(LONG)
-        self.assertIn("a timer's log was not accepted", " ".join(r.getMessage() for r in self.records))
+        self.assertIn(
+            "a timer's log was not accepted", " ".join(r.getMessage() for r in self.records)
+        )
 
 
 class LambdaTest(TestCase):
@@ -4822,7 +5206,9 @@ class LambdaTest(TestCase):
         with self.assertRaises(ZeroDivisionError):
             handler(0, self.Context(30_000))
         self.assertEqual(len(transport.logs()), 2)
-        self.assertEqual(handler(None, None), "nothing")  # nothing is queued: the context is not even asked
+        self.assertEqual(
+            handler(None, None), "nothing"
+        )  # nothing is queued: the context is not even asked
         self.assertEqual(handler.__name__, "handler")
 
     def test_it_never_masks_the_handlers_own_error(self):
@@ -4885,8 +5271,21 @@ class ModuleTest(TestCase):
     TREE = ast.parse(SOURCE)
 
     def test_the_public_names_are_exactly_those_listed(self):
-        public = {n for n, v in vars(chirrop).items() if not n.startswith("_") and not isinstance(v, type(os))}
-        borrowed = {"annotations", "deque", "namedtuple", "datetime", "timedelta", "timezone", "TYPE_CHECKING", "main"}
+        public = {
+            n
+            for n, v in vars(chirrop).items()
+            if not n.startswith("_") and not isinstance(v, type(os))
+        }
+        borrowed = {
+            "annotations",
+            "deque",
+            "namedtuple",
+            "datetime",
+            "timedelta",
+            "timezone",
+            "TYPE_CHECKING",
+            "main",
+        }
         constants = {n for n in public if n.isupper()}
         self.assertEqual(public - borrowed - constants, set(chirrop.__all__) - {"__version__"})
 
@@ -4908,7 +5307,13 @@ class ModuleTest(TestCase):
         late = "urllib ssl sqlite3 argparse http email logging typing random uuid socket select inspect dataclasses zoneinfo shutil"
         code = f"import sys, chirrop; chirrop.Log('a', 1); print([m for m in '{late}'.split() if m in sys.modules])"
         result = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}",
+            ],
             capture_output=True,
             text=True,
         )
@@ -4917,7 +5322,12 @@ class ModuleTest(TestCase):
     def test_every_public_function_and_class_has_a_docstring(self):
         for node in [
             *self.TREE.body,
-            *(n for c in self.TREE.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_") for n in c.body),
+            *(
+                n
+                for c in self.TREE.body
+                if isinstance(c, ast.ClassDef) and not c.name.startswith("_")
+                for n in c.body
+            ),
         ]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node), node.name)
@@ -4942,11 +5352,23 @@ class ModuleTest(TestCase):
                 if text in places and not (text == "open" and isinstance(node.ctx, ast.Store)):
                     found.setdefault(text, set()).add(name)
         self.assertEqual(found, places)
-        for danger in ("eval", "exec", "subprocess", "os.system", "pickle", "ctypes", "__import__", "marshal"):
+        for danger in (
+            "eval",
+            "exec",
+            "subprocess",
+            "os.system",
+            "pickle",
+            "ctypes",
+            "__import__",
+            "marshal",
+        ):
             self.assertNotRegex(self.SOURCE, rf"\b{re.escape(danger)}\b\s*[(.]", danger)
 
     def test_sections_do_not_reach_down(self):
-        bounds = [(m.start(), m.group(1)) for m in re.finditer(r"^# ---- (.+?) -+$", self.SOURCE, re.MULTILINE)]
+        bounds = [
+            (m.start(), m.group(1))
+            for m in re.finditer(r"^# ---- (.+?) -+$", self.SOURCE, re.MULTILINE)
+        ]
         self.assertEqual(
             [name for _, name in bounds],
             ["Constants and vocabularies", "Errors", "Log", "Config", "Buffers", "Retry policy", "Outbox", "Reporter and sender",
@@ -4961,7 +5383,9 @@ class ModuleTest(TestCase):
                 if name:
                     defined.setdefault(name, section(node.lineno))
         local = set()
-        for function in (n for n in ast.walk(self.TREE) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
+        for function in (
+            n for n in ast.walk(self.TREE) if isinstance(n, (ast.FunctionDef, ast.Lambda))
+        ):
             names = [n for n in ast.walk(function) if isinstance(n, ast.Name)]
             bound = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
             bound |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
@@ -4975,7 +5399,9 @@ class ModuleTest(TestCase):
             ):
                 if (section(node.lineno), node.id) not in self.annotated():
                     self.assertLessEqual(
-                        defined[node.id], section(node.lineno), f"line {node.lineno} uses {node.id} from below"
+                        defined[node.id],
+                        section(node.lineno),
+                        f"line {node.lineno} uses {node.id} from below",
                     )
 
     @classmethod
@@ -4984,7 +5410,9 @@ class ModuleTest(TestCase):
         return {(4, "SqliteSpool"), (8, "_Link")}
 
     def test_the_version_is_one_literal_and_the_licence_is_inside(self):
-        self.assertEqual(len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', self.SOURCE, re.MULTILINE)), 1)
+        self.assertEqual(
+            len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', self.SOURCE, re.MULTILINE)), 1
+        )
         self.assertIn("MIT License", self.SOURCE)
         self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.SOURCE)
 
@@ -5028,7 +5456,11 @@ class SandboxCase(unittest.TestCase):
         return (self.now + timedelta(**shift)).isoformat()
 
     def event_id(self, event="jobs.done", agent=""):
-        found = [e["event_id"] for e in self.ok("GET", "/v1.0/events") if (e["event"], e["agent"]) == (event, agent)]
+        found = [
+            e["event_id"]
+            for e in self.ok("GET", "/v1.0/events")
+            if (e["event"], e["agent"]) == (event, agent)
+        ]
         self.assertEqual(len(found), 1, found)
         return found[0]
 
@@ -5048,20 +5480,26 @@ class SandboxTest(SandboxCase):
     def test_accepted_logs_are_answered_with_an_empty_body(self):
         headers = {"Authorization": "Bearer chp_x"}
         body = b'[{"event":"a.b","value":1}]'
-        self.assertEqual(self.sandbox("POST", "http://any/prefix/v1.0/logs", body, headers, 1), (200, b"", {}))
+        self.assertEqual(
+            self.sandbox("POST", "http://any/prefix/v1.0/logs", body, headers, 1), (200, b"", {})
+        )
 
     def test_a_log_sent_twice_is_one_log_and_the_first_wins(self):
         log_id = str(uuid.uuid4())
         self.log(1, 2, log_id=log_id)
         self.log(3, log_id=log_id.upper())
-        self.assertEqual([(log["log_id"], log["value"]) for log in self.sandbox.logs], [(log_id, 1)])
+        self.assertEqual(
+            [(log["log_id"], log["value"]) for log in self.sandbox.logs], [(log_id, 1)]
+        )
         self.assertEqual(self.rollups(self.event_id(), "period=day")[0]["count"], 1)
 
     def test_a_log_without_id_and_time_gets_both_from_the_server(self):
         self.log(1, log_id=" ")
         [log] = self.sandbox.logs
         self.assertEqual(str(uuid.UUID(log["log_id"])), log["log_id"])
-        self.assertEqual(datetime.fromisoformat(log["occurred_at"].replace("Z", "+00:00")), self.now)
+        self.assertEqual(
+            datetime.fromisoformat(log["occurred_at"].replace("Z", "+00:00")), self.now
+        )
 
     def test_the_limits_themselves_are_accepted(self):
         self.log(*range(250))
@@ -5085,7 +5523,8 @@ class SandboxTest(SandboxCase):
         self.log(1)
         events = self.ok("GET", "/v1.0/events")
         self.assertEqual(
-            [(e["agent"], e["event"]) for e in events], [("api", "jobs.done"), ("web", "jobs.done"), ("", "jobs.done")]
+            [(e["agent"], e["event"]) for e in events],
+            [("api", "jobs.done"), ("web", "jobs.done"), ("", "jobs.done")],
         )
         self.assertEqual(self.ok("GET", f"/v1.0/events/{events[1]['event_id']}"), events[1])
         self.assertEqual(
@@ -5112,10 +5551,14 @@ class SandboxTest(SandboxCase):
         self.assertEqual(self.ok("GET", path)["event_id"], event_id)
 
     def test_a_definition_can_be_made_first_and_takes_its_logs(self):
-        made = self.ok("POST", "/v1.0/events", {"event": " jobs.done ", "agent": " api", "unit": "ms"})
+        made = self.ok(
+            "POST", "/v1.0/events", {"event": " jobs.done ", "agent": " api", "unit": "ms"}
+        )
         self.log(1, agent="api")
         self.assertEqual(self.ok("GET", "/v1.0/events"), [made])
-        self.assertEqual((made["event"], made["unit"], made["timezone"]), ("jobs.done", "ms", "UTC"))
+        self.assertEqual(
+            (made["event"], made["unit"], made["timezone"]), ("jobs.done", "ms", "UTC")
+        )
 
     def test_put_changes_what_is_editable_and_nothing_else(self):
         self.log(1)
@@ -5138,7 +5581,14 @@ class SandboxTest(SandboxCase):
         )
         self.assertNotIn(after["share_token"], (None, "x"))
         self.assertEqual(
-            after, {**before, "title": "Jobs", "public": True, "agent": "api", "share_token": after["share_token"]}
+            after,
+            {
+                **before,
+                "title": "Jobs",
+                "public": True,
+                "agent": "api",
+                "share_token": after["share_token"],
+            },
         )
         self.assertEqual(self.ok("GET", f"/v1.0/events/{event_id}"), after)
         self.log(2, agent="api")  # the definition answers to its new name only
@@ -5207,19 +5657,24 @@ class SandboxTest(SandboxCase):
         for at in ("07T04:59", "07T05:00", "08T04:59", "08T05:00", "09T03:59", "09T04:00"):
             self.log(1, occurred_at=f"2026-03-{at}:00Z")
         event_id = self.event_id()
-        days = lambda: [(row["occurred_at"][8:16], row["count"]) for row in self.rollups(event_id, "period=day")]
+        days = lambda: [
+            (row["occurred_at"][8:16], row["count"]) for row in self.rollups(event_id, "period=day")
+        ]
         self.assertEqual(days(), [("07T00:00", 2), ("08T00:00", 2), ("09T00:00", 2)])
         self.ok("PUT", f"/v1.0/events/{event_id}", {"timezone": "America/New_York"})
-        self.assertEqual(days(), [("06T05:00", 1), ("07T05:00", 2), ("08T05:00", 2), ("09T04:00", 1)])
+        self.assertEqual(
+            days(), [("06T05:00", 1), ("07T05:00", 2), ("08T05:00", 2), ("09T04:00", 1)]
+        )
 
     def test_sums_beyond_the_range_of_floats_stay_json(self):
         self.log(1.7e308, 1.7e308, 10**300)
         event_id = self.event_id()
         [row] = self.rollups(event_id, "period=day")
         self.assertGreater(row["value"], 1.7e308)
-        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window")[
-            "data"
-        ]
+        data = self.ok(
+            "GET",
+            f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window",
+        )["data"]
         self.assertEqual(data["current_count"], 3)
 
     def test_what_it_hands_out_are_copies(self):
@@ -5264,7 +5719,10 @@ class SandboxTest(SandboxCase):
         self.sandbox.reset()
         self.assertEqual((self.sandbox.logs, self.sandbox.requests), ([], []))
         self.assertEqual(
-            [self.ok("GET", f"/v1.0/{kind}") for kind in ("events", "policies", "alerts", "destinations")],
+            [
+                self.ok("GET", f"/v1.0/{kind}")
+                for kind in ("events", "policies", "alerts", "destinations")
+            ],
             [[], [], [], []],
         )
         self.log(1)
@@ -5274,7 +5732,9 @@ class SandboxTest(SandboxCase):
         self.policy()
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
-        threads = [threading.Thread(target=lambda: [self.log(1) for _ in range(25)]) for _ in range(8)]
+        threads = [
+            threading.Thread(target=lambda: [self.log(1) for _ in range(25)]) for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -5285,7 +5745,12 @@ class SandboxTest(SandboxCase):
 
 
 class SandboxAnalyticsTest(SandboxCase):
-    spans = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "7d": timedelta(days=7), "1m": timedelta(days=30)}
+    spans = {
+        "1h": timedelta(hours=1),
+        "1d": timedelta(days=1),
+        "7d": timedelta(days=7),
+        "1m": timedelta(days=30),
+    }
     pairs = {
         "1h": ("previous_window", "previous_1d", "previous_7d", "previous_1m"),
         "1d": ("previous_window", "previous_7d", "previous_1m"),
@@ -5295,7 +5760,8 @@ class SandboxAnalyticsTest(SandboxCase):
 
     def analytics(self, period, previous):
         return self.call(
-            "GET", f"/v1.0/events/{self.event_id()}/analytics?view=window&period={period}&previous={previous}"
+            "GET",
+            f"/v1.0/events/{self.event_id()}/analytics?view=window&period={period}&previous={previous}",
         )
 
     def test_each_pair_compares_its_two_windows(self):
@@ -5315,7 +5781,13 @@ class SandboxAnalyticsTest(SandboxCase):
                 self.assertEqual(status, 200, answer)
                 data = answer.pop("data")
                 self.assertEqual(
-                    answer, {"event_id": self.event_id(), "view": "window", "period": period, "previous": previous}
+                    answer,
+                    {
+                        "event_id": self.event_id(),
+                        "view": "window",
+                        "period": period,
+                        "previous": previous,
+                    },
                 )
                 self.assertAlmostEqual(data.pop("current_stddev"), 2.1602468994)
                 self.assertEqual(
@@ -5362,7 +5834,9 @@ class SandboxAnalyticsTest(SandboxCase):
             ),
             (0, 0, None, None, None),
         )
-        self.assertEqual([data[f"{name}_pct_change"] for name in ("value", "count", "mean")], [None] * 3)
+        self.assertEqual(
+            [data[f"{name}_pct_change"] for name in ("value", "count", "mean")], [None] * 3
+        )
 
     def test_a_rise_from_a_negative_value_is_a_rise(self):
         self.log(-10, occurred_at=self.at(hours=-1))
@@ -5495,10 +5969,17 @@ class SandboxAlertTest(SandboxCase):
         path = f"/v1.0/policies/{policy['policy_id']}"
         changed = self.ok("PUT", path, {"threshold": 7, "policy_id": UNKNOWN})
         self.assertEqual(changed, {**policy, "threshold": 7})
-        self.assertEqual((self.ok("GET", path), self.ok("GET", "/v1.0/policies")), (changed, [changed]))
+        self.assertEqual(
+            (self.ok("GET", path), self.ok("GET", "/v1.0/policies")), (changed, [changed])
+        )
 
     def test_every_step_of_the_lifecycle_from_every_status(self):
-        reach = {"triggered": [], "acknowledged": ["acknowledge"], "resolved": ["resolve"], "archived": ["archive"]}
+        reach = {
+            "triggered": [],
+            "acknowledged": ["acknowledge"],
+            "resolved": ["resolve"],
+            "archived": ["archive"],
+        }
         allowed = {
             "acknowledge": {"triggered", "acknowledged"},
             "archive": set(reach),
@@ -5518,7 +5999,9 @@ class SandboxAlertTest(SandboxCase):
                     code, answer = self.call("POST", f"{path}/{verb}")
                     ok = status in allowed[verb]
                     self.assertEqual(code, 200 if ok else 422, answer)
-                    self.assertEqual(self.ok("GET", path)["status"], becomes[verb] if ok else status)
+                    self.assertEqual(
+                        self.ok("GET", path)["status"], becomes[verb] if ok else status
+                    )
 
     def test_repeating_a_step_keeps_its_first_time(self):
         self.log(1)
@@ -5534,7 +6017,10 @@ class SandboxAlertTest(SandboxCase):
         self.log(1)
         policy_id, other = self.policy()["policy_id"], self.policy(period="day")["policy_id"]
         make = lambda **fields: self.ok("POST", "/v1.0/destinations", {**SLACK, **fields})
-        meant = [make()["destination_id"], make(scope="policies", policy_ids=[policy_id])["destination_id"]]
+        meant = [
+            make()["destination_id"],
+            make(scope="policies", policy_ids=[policy_id])["destination_id"],
+        ]
         make(enabled=False)
         make(scope="policies")
         make(scope="policies", policy_ids=[other])
@@ -5609,7 +6095,9 @@ class SandboxAlertTest(SandboxCase):
         made = self.ok("GET", path)
         self.assertIsNotNone(made["last_delivered_at"])
         self.now += timedelta(hours=1)
-        changed = self.ok("PUT", path, {"enabled": False, "destination_id": UNKNOWN, "last_error": "x"})
+        changed = self.ok(
+            "PUT", path, {"enabled": False, "destination_id": UNKNOWN, "last_error": "x"}
+        )
         self.assertEqual(changed, {**made, "enabled": False, "updated_at": changed["updated_at"]})
         self.assertNotEqual(changed["updated_at"], made["updated_at"])
         for body in ({"channel": "telegram"}, {"url": " "}):
@@ -5626,7 +6114,14 @@ def _one(**fields):
 
 
 def _policy(**fields):
-    return {"event_id": "{event}", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 1, **fields}
+    return {
+        "event_id": "{event}",
+        "period": "hour",
+        "aggregate": "sum",
+        "condition": "gt",
+        "threshold": 1,
+        **fields,
+    }
 
 
 ANALYTICS = "/v1.0/events/{event}/analytics?"
@@ -5654,11 +6149,32 @@ SANDBOX_RULES = [
     ("logs: log_id not a UUID", "POST", "/v1.0/logs", _one(log_id="abc"), 400, "log 1 log_id"),
     ("logs: log_id not text", "POST", "/v1.0/logs", _one(log_id=5), 400, "log 1 log_id"),
     ("logs: meta 1,025 bytes", "POST", "/v1.0/logs", _one(meta="é" * 511 + "x"), 400, "log 1 meta"),
-    ("logs: meta 11 keys", "POST", "/v1.0/logs", _one(meta={str(n): 1 for n in range(11)}), 400, "log 1 meta"),
+    (
+        "logs: meta 11 keys",
+        "POST",
+        "/v1.0/logs",
+        _one(meta={str(n): 1 for n in range(11)}),
+        400,
+        "log 1 meta",
+    ),
     ("logs: time not ISO", "POST", "/v1.0/logs", _one(occurred_at="now"), 400, "log 1 occurred_at"),
     ("logs: time a number", "POST", "/v1.0/logs", _one(occurred_at=5), 400, "log 1 occurred_at"),
-    ("logs: too old", "POST", "/v1.0/logs", _one(occurred_at="2026-02-02T10:30:14Z"), 400, "log 1 occurred_at"),
-    ("logs: too early", "POST", "/v1.0/logs", _one(occurred_at="2026-03-05T10:30:16Z"), 400, "log 1 occurred_at"),
+    (
+        "logs: too old",
+        "POST",
+        "/v1.0/logs",
+        _one(occurred_at="2026-02-02T10:30:14Z"),
+        400,
+        "log 1 occurred_at",
+    ),
+    (
+        "logs: too early",
+        "POST",
+        "/v1.0/logs",
+        _one(occurred_at="2026-03-05T10:30:16Z"),
+        400,
+        "log 1 occurred_at",
+    ),
     ("events: not JSON", "POST", "/v1.0/events", b"{", 400, "JSON"),
     ("events: not an object", "POST", "/v1.0/events", [], 400, "object"),
     ("events: no event", "POST", "/v1.0/events", {"title": "x"}, 400, "event"),
@@ -5666,11 +6182,39 @@ SANDBOX_RULES = [
     ("events: event not text", "POST", "/v1.0/events", {"event": 5}, 400, "event"),
     ("events: public not bool", "POST", "/v1.0/events", {"event": "b", "public": 1}, 400, "public"),
     ("events: title not text", "PUT", "/v1.0/events/{event}", {"title": 5}, 400, "title"),
-    ("events: timezone unknown", "POST", "/v1.0/events", {"event": "b", "timezone": "Mars/Base"}, 400, "timezone"),
-    ("events: timezone a path", "PUT", "/v1.0/events/{event}", {"timezone": "../etc/passwd"}, 400, "timezone"),
-    ("events: timezone a folder", "PUT", "/v1.0/events/{event}", {"timezone": "America"}, 400, "timezone"),
+    (
+        "events: timezone unknown",
+        "POST",
+        "/v1.0/events",
+        {"event": "b", "timezone": "Mars/Base"},
+        400,
+        "timezone",
+    ),
+    (
+        "events: timezone a path",
+        "PUT",
+        "/v1.0/events/{event}",
+        {"timezone": "../etc/passwd"},
+        400,
+        "timezone",
+    ),
+    (
+        "events: timezone a folder",
+        "PUT",
+        "/v1.0/events/{event}",
+        {"timezone": "America"},
+        400,
+        "timezone",
+    ),
     ("events: exists", "POST", "/v1.0/events", {"event": "jobs.done", "agent": ""}, 422, "already"),
-    ("events: renamed to another", "PUT", "/v1.0/events/{event}", {"agent": "taken"}, 422, "already"),
+    (
+        "events: renamed to another",
+        "PUT",
+        "/v1.0/events/{event}",
+        {"agent": "taken"},
+        422,
+        "already",
+    ),
     ("events: id not a UUID", "GET", "/v1.0/events/evt_123", None, 400, "UUID"),
     ("events: id empty", "GET", "/v1.0/events/", None, 400, "UUID"),
     ("events: id unknown", "GET", "/v1.0/events/" + UNKNOWN, None, 404, UNKNOWN),
@@ -5678,18 +6222,81 @@ SANDBOX_RULES = [
     ("rollups: no period", "GET", "/v1.0/events/{event}/logs", None, 400, "period minute hour day"),
     ("rollups: period", "GET", "/v1.0/events/{event}/logs?period=week", None, 400, "period"),
     ("rollups: limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=-1", None, 400, "limit"),
-    ("rollups: blank limit", "GET", "/v1.0/events/{event}/logs?period=day&limit=", None, 400, "limit"),
-    ("rollups: limit huge", "GET", "/v1.0/events/{event}/logs?period=day&limit=" + "9" * 5000, None, 400, "limit"),
-    ("rollups: offset", "GET", "/v1.0/events/{event}/logs?period=day&offset=x", None, 400, "offset"),
+    (
+        "rollups: blank limit",
+        "GET",
+        "/v1.0/events/{event}/logs?period=day&limit=",
+        None,
+        400,
+        "limit",
+    ),
+    (
+        "rollups: limit huge",
+        "GET",
+        "/v1.0/events/{event}/logs?period=day&limit=" + "9" * 5000,
+        None,
+        400,
+        "limit",
+    ),
+    (
+        "rollups: offset",
+        "GET",
+        "/v1.0/events/{event}/logs?period=day&offset=x",
+        None,
+        400,
+        "offset",
+    ),
     ("rollups: id not a UUID", "GET", "/v1.0/events/x/logs?period=day", None, 400, "UUID"),
     ("rollups: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/logs?period=day", None, 404, UNKNOWN),
     ("analytics: no view", "GET", ANALYTICS + "period=1h&previous=previous_1d", None, 400, "view"),
-    ("analytics: view", "GET", ANALYTICS + "view=day&period=1h&previous=previous_1d", None, 400, "view window"),
-    ("analytics: no period", "GET", ANALYTICS + "view=window&previous=previous_1d", None, 400, "period 7d"),
-    ("analytics: period", "GET", ANALYTICS + "view=window&period=2h&previous=previous_1d", None, 400, "period 7d"),
-    ("analytics: no previous", "GET", ANALYTICS + "view=window&period=1h", None, 400, "previous previous_1m"),
-    ("analytics: previous", "GET", ANALYTICS + "view=window&period=1h&previous=1d", None, 400, "previous previous_1m"),
-    ("analytics: pair", "GET", ANALYTICS + "view=window&period=1d&previous=previous_1d", None, 400, "previous_1d 1d"),
+    (
+        "analytics: view",
+        "GET",
+        ANALYTICS + "view=day&period=1h&previous=previous_1d",
+        None,
+        400,
+        "view window",
+    ),
+    (
+        "analytics: no period",
+        "GET",
+        ANALYTICS + "view=window&previous=previous_1d",
+        None,
+        400,
+        "period 7d",
+    ),
+    (
+        "analytics: period",
+        "GET",
+        ANALYTICS + "view=window&period=2h&previous=previous_1d",
+        None,
+        400,
+        "period 7d",
+    ),
+    (
+        "analytics: no previous",
+        "GET",
+        ANALYTICS + "view=window&period=1h",
+        None,
+        400,
+        "previous previous_1m",
+    ),
+    (
+        "analytics: previous",
+        "GET",
+        ANALYTICS + "view=window&period=1h&previous=1d",
+        None,
+        400,
+        "previous previous_1m",
+    ),
+    (
+        "analytics: pair",
+        "GET",
+        ANALYTICS + "view=window&period=1d&previous=previous_1d",
+        None,
+        400,
+        "previous_1d 1d",
+    ),
     ("analytics: id unknown", "GET", f"/v1.0/events/{UNKNOWN}/analytics", None, 404, UNKNOWN),
     ("policies: not an object", "POST", "/v1.0/policies", "x", 400, "object"),
     *(
@@ -5711,10 +6318,31 @@ SANDBOX_RULES = [
             ("channel", 5),
         )
     ),
-    ("policies: event_id not a UUID", "POST", "/v1.0/policies", _policy(event_id="evt_1"), 400, "UUID"),
-    ("policies: event_id unknown", "POST", "/v1.0/policies", _policy(event_id=UNKNOWN), 422, "event_id"),
+    (
+        "policies: event_id not a UUID",
+        "POST",
+        "/v1.0/policies",
+        _policy(event_id="evt_1"),
+        400,
+        "UUID",
+    ),
+    (
+        "policies: event_id unknown",
+        "POST",
+        "/v1.0/policies",
+        _policy(event_id=UNKNOWN),
+        422,
+        "event_id",
+    ),
     ("policies: PUT period", "PUT", "/v1.0/policies/{policy}", {"period": "week"}, 400, "period"),
-    ("policies: PUT event_id", "PUT", "/v1.0/policies/{policy}", {"event_id": UNKNOWN}, 422, "event_id"),
+    (
+        "policies: PUT event_id",
+        "PUT",
+        "/v1.0/policies/{policy}",
+        {"event_id": UNKNOWN},
+        422,
+        "event_id",
+    ),
     ("policies: id not a UUID", "GET", "/v1.0/policies/pol_1", None, 400, "UUID"),
     ("policies: id unknown", "GET", "/v1.0/policies/" + UNKNOWN, None, 404, UNKNOWN),
     ("policies: id unknown, PUT", "PUT", "/v1.0/policies/" + UNKNOWN, {}, 404, UNKNOWN),
@@ -5728,7 +6356,14 @@ SANDBOX_RULES = [
     ("deliveries: id not a UUID", "GET", "/v1.0/alerts/x/deliveries", None, 400, "UUID"),
     ("deliveries: id unknown", "GET", f"/v1.0/alerts/{UNKNOWN}/deliveries", None, 404, UNKNOWN),
     *(
-        (f"alerts: {verb}, id unknown", "POST", f"/v1.0/alerts/{UNKNOWN}/{verb}", None, 404, UNKNOWN)
+        (
+            f"alerts: {verb}, id unknown",
+            "POST",
+            f"/v1.0/alerts/{UNKNOWN}/{verb}",
+            None,
+            404,
+            UNKNOWN,
+        )
         for verb in ("acknowledge", "resolve", "archive")
     ),
     *(
@@ -5744,14 +6379,35 @@ SANDBOX_RULES = [
         "acknowledge resolved",
     ),
     ("destinations: not an object", "POST", "/v1.0/destinations", [SLACK], 400, "object"),
-    ("destinations: no channel", "POST", "/v1.0/destinations", {"url": "https://a"}, 400, "channel"),
+    (
+        "destinations: no channel",
+        "POST",
+        "/v1.0/destinations",
+        {"url": "https://a"},
+        400,
+        "channel",
+    ),
     ("destinations: channel", "POST", "/v1.0/destinations", {"channel": "sms"}, 400, "channel"),
     *(
-        (f"destinations: {channel} without url", "POST", "/v1.0/destinations", {"channel": channel}, 400, "url")
+        (
+            f"destinations: {channel} without url",
+            "POST",
+            "/v1.0/destinations",
+            {"channel": channel},
+            400,
+            "url",
+        )
         for channel in ("slack", "discord", "webhook")
     ),
     *(
-        (f"destinations: url {url}", "POST", "/v1.0/destinations", {"channel": "webhook", "url": url}, 400, "url")
+        (
+            f"destinations: url {url}",
+            "POST",
+            "/v1.0/destinations",
+            {"channel": "webhook", "url": url},
+            400,
+            "url",
+        )
         for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x")
     ),
     (
@@ -5818,7 +6474,10 @@ class SandboxRulesTest(SandboxCase):
     def state(self):
         return [
             self.sandbox.logs,
-            *(self.ok("GET", f"/v1.0/{kind}") for kind in ("events", "policies", "alerts", "destinations")),
+            *(
+                self.ok("GET", f"/v1.0/{kind}")
+                for kind in ("events", "policies", "alerts", "destinations")
+            ),
         ]
 
     def ids(self):
@@ -5839,7 +6498,13 @@ class SandboxRulesTest(SandboxCase):
         ids = self.ids()
         before = self.state()
         for rule, method, path, body, status, words in SANDBOX_RULES:
-            body = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+            body = (
+                body
+                if isinstance(body, bytes)
+                else json.dumps(body).encode()
+                if body is not None
+                else None
+            )
             for name, item_id in ids.items():
                 path = path.replace(name, item_id)
                 body = body and body.replace(name.encode(), item_id.encode())
@@ -5859,12 +6524,26 @@ class SandboxRulesTest(SandboxCase):
             ("POST", "/v1.0/events", {"event": "b"}),
             ("POST", "/v1.0/policies", _policy(event_id=ids["{event}"])),
             ("POST", "/v1.0/destinations", SLACK),
-            ("GET", ANALYTICS.replace("{event}", ids["{event}"]) + "view=window&period=1h&previous=previous_1d", None),
+            (
+                "GET",
+                ANALYTICS.replace("{event}", ids["{event}"])
+                + "view=window&period=1h&previous=previous_1d",
+                None,
+            ),
         ):
             self.ok(method, path, body)
 
     def test_401_for_a_missing_or_bad_token_on_every_route(self):
-        for auth in (None, "", "chp_test", "Bearer", "Bearer ", "Bearer key", "Basic chp_test", "Bearer  chp_test"):
+        for auth in (
+            None,
+            "",
+            "chp_test",
+            "Bearer",
+            "Bearer ",
+            "Bearer key",
+            "Basic chp_test",
+            "Bearer  chp_test",
+        ):
             for method, path in (
                 ("POST", "/v1.0/logs"),
                 ("GET", "/v1.0/events"),
@@ -5934,19 +6613,27 @@ class SandboxFaultTest(SandboxCase):
         headers = {"Authorization": "Bearer chp_x"}
         for fields, expected in (
             ({"status": 500}, (500, b'{"error":"scripted 500"}', {})),
-            ({"status": 302, "headers": {"Location": "http://b"}}, (302, b"", {"Location": "http://b"})),
+            (
+                {"status": 302, "headers": {"Location": "http://b"}},
+                (302, b"", {"Location": "http://b"}),
+            ),
             ({"status": 500, "body": "plain é"}, (500, "plain é".encode(), {})),
             ({"status": 200, "body": b"\xff"}, (200, b"\xff", {})),
             ({"status": 500, "body": ""}, (500, b"", {})),
             ({"status": 400, "body": {"message": "m"}}, (400, b'{"message":"m"}', {})),
             ({"retry_after": 0}, (429, b'{"error":"scripted 429"}', {"Retry-After": "0"})),
-            ({"status": 503, "retry_after": 1.5}, (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"})),
+            (
+                {"status": 503, "retry_after": 1.5},
+                (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"}),
+            ),
             ({}, (502, b'{"error":"scripted 502"}', {})),
         ):
             with self.subTest(fields=fields):
                 self.sandbox.fail(**fields)
                 body = json.dumps(_one()).encode()
-                status, content, extra = self.sandbox("POST", "http://a/v1.0/logs", body, headers, 1)
+                status, content, extra = self.sandbox(
+                    "POST", "http://a/v1.0/logs", body, headers, 1
+                )
                 extra.pop("Content-Type", None)
                 self.assertEqual((status, content, extra), expected)
         self.assertEqual(self.sandbox.logs, [])
@@ -5996,13 +6683,16 @@ class SandboxFlowTest(SandboxCase):
     def test_the_whole_round(self):
         self.log(2, 3, agent="api", meta={"host": "a"})
         event_id = self.event_id(agent="api")
-        data = self.ok("GET", f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window")[
-            "data"
-        ]
+        data = self.ok(
+            "GET",
+            f"/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window",
+        )["data"]
         self.assertEqual((data["current_value"], data["current_count"]), (5, 2))
         policy = self.policy(event_id=event_id, threshold=10, severity="error", title="Slow")
         destination = self.ok(
-            "POST", "/v1.0/destinations", {**SLACK, "scope": "policies", "policy_ids": [policy["policy_id"]]}
+            "POST",
+            "/v1.0/destinations",
+            {**SLACK, "scope": "policies", "policy_ids": [policy["policy_id"]]},
         )
         test = self.ok("POST", f"/v1.0/destinations/{destination['destination_id']}/test")
         attempts = self.ok("GET", f"/v1.0/alerts/{test['alert_id']}/deliveries?kind=test")
@@ -6013,7 +6703,11 @@ class SandboxFlowTest(SandboxCase):
         path = f"/v1.0/alerts/{alert['alert_id']}"
         [delivery] = self.ok("GET", path + "/deliveries")
         self.assertEqual(delivery["destination_id"], destination["destination_id"])
-        for verb, status in (("acknowledge", "acknowledged"), ("resolve", "resolved"), ("archive", "archived")):
+        for verb, status in (
+            ("acknowledge", "acknowledged"),
+            ("resolve", "resolved"),
+            ("archive", "archived"),
+        ):
             self.assertEqual(self.ok("POST", f"{path}/{verb}")["status"], status)
             self.assertEqual(len(self.ok("GET", f"/v1.0/alerts?status={status}")), 1)
         final = self.ok("GET", path)
@@ -6057,7 +6751,9 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
 
     def test_an_empty_answer_says_its_length(self):
         headers = {"Authorization": "Bearer chp_x"}
-        status, content, answered = self.exchange("POST", "/v1.0/logs", b'[{"event":"a","value":1}]', headers, 1)
+        status, content, answered = self.exchange(
+            "POST", "/v1.0/logs", b'[{"event":"a","value":1}]', headers, 1
+        )
         self.assertEqual((status, content, answered["Content-Length"]), (200, b"", "0"))
 
     def test_a_dropped_connection_brings_no_answer(self):
@@ -6148,14 +6844,18 @@ class CommandLineCase(TestCase):
         cls.server = chirrop._serve_sandbox(cls.sandbox)
         thread = threading.Thread(target=cls.server.serve_forever, args=(0.01,))
         thread.start()
-        cls.addClassCleanup(lambda: (cls.server.shutdown(), thread.join(LONG), cls.server.server_close()))
+        cls.addClassCleanup(
+            lambda: (cls.server.shutdown(), thread.join(LONG), cls.server.server_close())
+        )
 
     def setUp(self):
         super().setUp()
         self.sandbox.reset()
         self.base = f"http://127.0.0.1:{self.server.server_address[1]}/v1.0"
         os.environ.update(
-            CHIRROP_API_KEY=CANARY, CHIRROP_API_ENDPOINT=f"{self.base}/logs", CHIRROP_SERVICER_ENDPOINT=self.base
+            CHIRROP_API_KEY=CANARY,
+            CHIRROP_API_ENDPOINT=f"{self.base}/logs",
+            CHIRROP_SERVICER_ENDPOINT=self.base,
         )
         for name in ("NO_COLOR", "COLUMNS", "LINES"):
             os.environ.pop(name, None)
@@ -6165,7 +6865,12 @@ class CommandLineCase(TestCase):
         """Run a command as a process; return its standard output and error after the checks that always hold."""
         data = input if isinstance(input, bytes) else input.encode()
         done = subprocess.run(
-            [*CLI, *args], input=data, capture_output=True, cwd=self.cwd, timeout=LONG, env={**os.environ, **env}
+            [*CLI, *args],
+            input=data,
+            capture_output=True,
+            cwd=self.cwd,
+            timeout=LONG,
+            env={**os.environ, **env},
         )
         out, err = done.stdout.decode(), done.stderr.decode()
         self.check(out, err)
@@ -6232,7 +6937,13 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual({log["event"] for log in self.sandbox.logs}, {"x"})
 
     def test_a_missing_key_exits_with_2_in_one_line(self):
-        for args in (("events",), ("log", "x", "1"), ("log", "-"), ("api", "GET", "/events"), ("alerts",)):
+        for args in (
+            ("events",),
+            ("log", "x", "1"),
+            ("log", "-"),
+            ("api", "GET", "/events"),
+            ("alerts",),
+        ):
             with self.subTest(args):
                 out, err = self.cli(*args, status=2, CHIRROP_API_KEY="")
                 self.assertEqual((out, err), ("", "chirrop: API key is required\n"))
@@ -6248,8 +6959,19 @@ class CommandLineTest(CommandLineCase):
     def test_log_sends_one_log(self):
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 60))
         log_id = "0b0e2c4e-55a5-4c5e-9a51-0b1c7a3b5d11"
-        options = ("--agent", "billing", "--meta", '{"a":[1]}', "--occurred-at", at, "--log-id", log_id)
-        self.assertEqual(self.cli("log", "tool.errors.count", "-2.5", *options)[0], f"delivered {log_id}\n")
+        options = (
+            "--agent",
+            "billing",
+            "--meta",
+            '{"a":[1]}',
+            "--occurred-at",
+            at,
+            "--log-id",
+            log_id,
+        )
+        self.assertEqual(
+            self.cli("log", "tool.errors.count", "-2.5", *options)[0], f"delivered {log_id}\n"
+        )
         expected = {"event": "tool.errors.count", "value": -2.5, "agent": "billing", "meta": {"a": [1]},
                     "occurred_at": at, "log_id": log_id}  # fmt: skip
         self.assertEqual(self.sandbox.logs, [expected])
@@ -6264,14 +6986,21 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(self.cli("events"), ("", "chirrop: there are none\n"))
         self.send(1, agent="billing")
         out, err = self.cli("events")
-        self.assertRegex(out, r"^EVENT_ID +AGENT +EVENT +UNIT +TITLE\n[0-9a-f-]{36}  billing  tool.errors.count\n$")
+        self.assertRegex(
+            out,
+            r"^EVENT_ID +AGENT +EVENT +UNIT +TITLE\n[0-9a-f-]{36}  billing  tool.errors.count\n$",
+        )
         self.assertEqual(err, "")
         self.assertEqual([e["event"] for e in self.json("events")], ["tool.errors.count"])
 
     def test_rollups_draw_a_bar_per_bucket(self):
         self.send(10, 20, 30, -5, agent="billing")
         event = self.json("events")[0]
-        for name in (("tool.errors.count",), ("tool.errors.count", "--agent", "billing"), (event["event_id"],)):
+        for name in (
+            ("tool.errors.count",),
+            ("tool.errors.count", "--agent", "billing"),
+            (event["event_id"],),
+        ):
             with self.subTest(name):
                 out, _ = self.cli("rollups", *name, "--period", "day", COLUMNS="50")
                 head, *rows = out.splitlines()
@@ -6296,14 +7025,21 @@ class CommandLineTest(CommandLineCase):
         self.send(1, agent="a")
         self.send(1, agent="b")
         self.assertIn("agent must be given", self.cli("rollups", "tool.errors.count", status=2)[1])
-        self.assertIn("there is no event", self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1])
-        self.assertIn("404", self.cli("rollups", "00000000-0000-4000-8000-000000000000", status=1)[1])
+        self.assertIn(
+            "there is no event",
+            self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1],
+        )
+        self.assertIn(
+            "404", self.cli("rollups", "00000000-0000-4000-8000-000000000000", status=1)[1]
+        )
 
     def test_analytics_compare_two_windows(self):
         self.send(3, 4)
         out, _ = self.cli("analytics", "tool.errors.count")
         self.assertRegex(out, r"last 1h and previous_window\n +now +before +change\nvalue +7 +0\n")
-        answer = self.json("analytics", "tool.errors.count", "--period", "1d", "--previous", "previous_7d")
+        answer = self.json(
+            "analytics", "tool.errors.count", "--period", "1d", "--previous", "previous_7d"
+        )
         self.assertEqual((answer["period"], answer["data"]["current_count"]), ("1d", 2))
 
     def test_alerts_are_listed_and_moved_on(self):
@@ -6316,15 +7052,24 @@ class CommandLineTest(CommandLineCase):
         self.assertIn("triggered", out)
         self.assertIn("too \\x1b[31m many", out)
         alert_id = self.json("alerts")[0]["alert_id"]
-        for action, status in (("ack", "acknowledged"), ("resolve", "resolved"), ("archive", "archived")):
+        for action, status in (
+            ("ack", "acknowledged"),
+            ("resolve", "resolved"),
+            ("archive", "archived"),
+        ):
             self.assertIn(status, self.cli("alerts", action, alert_id)[0])
-            self.assertEqual([a["alert_id"] for a in self.json("alerts", "--status", status)], [alert_id])
+            self.assertEqual(
+                [a["alert_id"] for a in self.json("alerts", "--status", status)], [alert_id]
+            )
         self.assertEqual(self.json("alerts", "archive", alert_id)["status"], "archived")
 
     def test_api_reaches_every_call(self):
         self.send(1)
         event_id = json.loads(self.cli("api", "get", "events")[0])[0]["event_id"]
-        for path in (f"/events/{event_id}/logs?period=day&limit=3", f"/v1.0/events/{event_id}/logs?period=day"):
+        for path in (
+            f"/events/{event_id}/logs?period=day&limit=3",
+            f"/v1.0/events/{event_id}/logs?period=day",
+        ):
             self.assertEqual(json.loads(self.cli("api", "GET", path)[0])[0]["count"], 1)
         self.assertEqual(self.sandbox.requests[-2]["query"], {"period": "day", "limit": "3"})
         out, _ = self.cli("api", "PUT", f"/events/{event_id}", "--data", '{"unit":"ms"}')
@@ -6337,26 +7082,37 @@ class CommandLineTest(CommandLineCase):
         os.close(reader)
         for args in (("events",), ("events", "--json"), ("--help",)):
             self.send(1)
-            done = subprocess.run([*CLI, *args], stdout=writer, stderr=subprocess.PIPE, cwd=self.cwd, timeout=LONG)
+            done = subprocess.run(
+                [*CLI, *args], stdout=writer, stderr=subprocess.PIPE, cwd=self.cwd, timeout=LONG
+            )
             self.assertEqual((done.returncode, done.stderr), (0, b""))
         os.close(writer)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_is_an_error_in_one_line(self):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([*CLI, "events", "--json"], stdout=full, stderr=subprocess.PIPE, cwd=self.cwd)
+            done = subprocess.run(
+                [*CLI, "events", "--json"], stdout=full, stderr=subprocess.PIPE, cwd=self.cwd
+            )
         self.assertEqual(done.returncode, 1)
         self.assertEqual(done.stderr.count(b"\n"), 1)
 
     def test_closed_standard_streams_are_survived(self):
         for stream in ("1", "2"):
             done = subprocess.run(
-                ["sh", "-c", f'"$@" {stream}>&-', "sh", *CLI, "events"], capture_output=True, cwd=self.cwd
+                ["sh", "-c", f'"$@" {stream}>&-', "sh", *CLI, "events"],
+                capture_output=True,
+                cwd=self.cwd,
             )
-            self.assertEqual((done.returncode, done.stdout, done.stderr.count(b"\n")), (0, b"", int(stream == "1")))
+            self.assertEqual(
+                (done.returncode, done.stdout, done.stderr.count(b"\n")),
+                (0, b"", int(stream == "1")),
+            )
 
     def test_importing_starts_nothing_and_loads_no_parser(self):
-        loaded = self.python("import sys, chirrop; print('argparse' in sys.modules, 'http.server' in sys.modules)")
+        loaded = self.python(
+            "import sys, chirrop; print('argparse' in sys.modules, 'http.server' in sys.modules)"
+        )
         self.assertEqual((loaded.stdout, loaded.stderr), ("False False\n", ""))
 
     def test_sandbox_serves_until_interrupted(self):
@@ -6385,7 +7141,9 @@ class CommandLineStreamTest(CommandLineCase):
         )  # fmt: skip
         out, err = self.cli("log", "-", status=1, input=b"".join(lines))
         self.assertEqual(out, "11 lines: 2 delivered, 8 bad, 0 dropped\n")
-        self.assertEqual([line.split(":")[1] for line in err.splitlines()], [f" line {n}" for n in range(3, 11)])
+        self.assertEqual(
+            [line.split(":")[1] for line in err.splitlines()], [f" line {n}" for n in range(3, 11)]
+        )
         self.assertEqual([log["event"] for log in self.sandbox.logs], ["a", "f"])
 
     def test_the_account_as_json(self):
@@ -6411,7 +7169,9 @@ class CommandLineStreamTest(CommandLineCase):
         client._outbox.put(Log("a", 1)._body)
         chirrop._log_patiently(client, Log("a", 2))
         self.assertTrue(client.flush())
-        client = self.client(queue_size=1, timeout=0.01, retries=1, transport=FakeTransport(default=502))
+        client = self.client(
+            queue_size=1, timeout=0.01, retries=1, transport=FakeTransport(default=502)
+        )
         client.log(Log("a", 1))
         with self.assertRaisesRegex(ChirrOpError, "HTTP 502"):
             chirrop._log_patiently(client, Log("a", 2))
@@ -6429,12 +7189,16 @@ class CommandLineStreamTest(CommandLineCase):
 
     @unittest.skipUnless(hasattr(os, "wait4"), "needs wait4")
     def test_memory_does_not_grow_with_the_stream(self):
-        self.sandbox.fail(None, status=200, path="/logs")  # so that this process keeps nothing, either
+        self.sandbox.fail(
+            None, status=200, path="/logs"
+        )  # so that this process keeps nothing, either
         peaks = []
         for count in (1000, 50000):
             process = self.start("log", "-")
             for _ in range(count // 1000):
-                process.stdin.write(b'{"event":"a.b.c","value":1.5,"agent":"d","meta":{"e":"f"}}\n' * 1000)
+                process.stdin.write(
+                    b'{"event":"a.b.c","value":1.5,"agent":"d","meta":{"e":"f"}}\n' * 1000
+                )
             process.stdin.close()
             self.assertIn(f"{count:,} delivered".encode(), process.stdout.readline())
             _, status, usage = os.wait4(process.pid, 0)
@@ -6453,7 +7217,9 @@ class CommandLineStreamTest(CommandLineCase):
 
     def test_drain_delivers_a_spool(self):
         path = self.spool()
-        self.assertEqual(self.cli("drain", path)[0], "5 delivered\n0 left\n0 parked\n0 dead letters\n")
+        self.assertEqual(
+            self.cli("drain", path)[0], "5 delivered\n0 left\n0 parked\n0 dead letters\n"
+        )
         self.assertEqual(len(self.sandbox.logs), 5)
         account = {"delivered": 0, "left": 0, "parked": 0, "dead_letters": 0}
         self.assertEqual(self.json("drain", path), account)
@@ -6478,7 +7244,9 @@ class CommandLineStreamTest(CommandLineCase):
             self.assertEqual(notes.read_bytes(), content)
 
     def test_drain_says_that_logging_is_disabled(self):
-        self.assertIn("CHIRROP_DISABLED", self.cli("drain", self.spool(), status=1, CHIRROP_DISABLED="1")[1])
+        self.assertIn(
+            "CHIRROP_DISABLED", self.cli("drain", self.spool(), status=1, CHIRROP_DISABLED="1")[1]
+        )
 
 
 @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
@@ -6492,7 +7260,9 @@ class CommandLineTerminalTest(CommandLineCase):
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = {**os.environ, "TERM": "xterm", **env}
-        process = subprocess.Popen([*CLI, *args], stdin=slave, stdout=slave, stderr=slave, cwd=self.cwd, env=env)
+        process = subprocess.Popen(
+            [*CLI, *args], stdin=slave, stdout=slave, stderr=slave, cwd=self.cwd, env=env
+        )
         os.close(slave)
         raw = b""
         with contextlib.suppress(OSError):  # EIO: the other end is closed
@@ -6518,7 +7288,13 @@ class CommandLineTerminalTest(CommandLineCase):
             "period": "day", "aggregate": "sum", "condition": "gt", "threshold": 5}))  # fmt: skip
         self.send(6, agent="日本語" * 20, event="ひらがな")
         for columns in (80, 40):
-            for args in (("events",), ("rollups", "e" * 100), ("analytics", "ひらがな"), ("alerts",), ("doctor",)):
+            for args in (
+                ("events",),
+                ("rollups", "e" * 100),
+                ("analytics", "ひらがな"),
+                ("alerts",),
+                ("doctor",),
+            ):
                 with self.subTest(args, columns=columns):
                     self.assertIn("\n", self.terminal(columns, *args))
             with self.subTest("an error", columns=columns):
@@ -6527,7 +7303,10 @@ class CommandLineTerminalTest(CommandLineCase):
     def test_ids_are_whole_in_a_narrow_terminal(self):
         self.send(1, agent="billing")
         event_id = json.loads(self.main("events", "--json")[0])[0]["event_id"]
-        self.assertEqual(self.terminal(40, "events"), f"{event_id}\r\n  agent billing\r\n  event tool.errors.count\r\n")
+        self.assertEqual(
+            self.terminal(40, "events"),
+            f"{event_id}\r\n  agent billing\r\n  event tool.errors.count\r\n",
+        )
 
     def test_colours_are_shown_in_a_terminal_only_and_never_with_no_color(self):
         self.send(1)
@@ -6561,7 +7340,9 @@ class DoctorTest(CommandLineCase):
             "key: from the environment", f"logs: {self.base}/logs, no proxy", "api: reached, key accepted", "clock: "
         ):  # fmt: skip
             self.assertIn(line, text)
-        self.assertRegex(self.cli("doctor")[0], r"(?m)^ok   key +from the environment, has the right form$")
+        self.assertRegex(
+            self.cli("doctor")[0], r"(?m)^ok   key +from the environment, has the right form$"
+        )
 
     def test_each_fault_is_told_with_its_cure(self):
         free = chirrop._serve_sandbox(self.sandbox)
@@ -6570,12 +7351,30 @@ class DoctorTest(CommandLineCase):
         for env, expected in (
             ({"CHIRROP_API_KEY": ""}, "key: API key is required. Set CHIRROP_API_KEY"),
             ({"CHIRROP_API_KEY": "sk_canary"}, "key: Invalid API key: must start with 'chp_'. Set"),
-            ({"CHIRROP_DISABLED": "1"}, "switch: CHIRROP_DISABLED is set: logs are checked and discarded"),
-            ({"CHIRROP_API_ENDPOINT": "logs.example"}, "logs: CHIRROP_API_ENDPOINT must be an absolute http"),
-            ({"CHIRROP_SERVICER_ENDPOINT": "http://nowhere.invalid"}, "The name has no address: check CHIRROP_S"),
-            ({"CHIRROP_API_ENDPOINT": f"http://127.0.0.1:{port}/"}, "Nothing listens there: check CHIRROP_A"),
-            ({"CHIRROP_API_ENDPOINT": f"https{self.base[4:]}/logs"}, "The TLS handshake failed: check CHIRROP_A"),
-            ({"CHIRROP_SERVICER_ENDPOINT": f"{self.base}/nope"}, "api: HTTP 404: no such route. Check CHI"),
+            (
+                {"CHIRROP_DISABLED": "1"},
+                "switch: CHIRROP_DISABLED is set: logs are checked and discarded",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": "logs.example"},
+                "logs: CHIRROP_API_ENDPOINT must be an absolute http",
+            ),
+            (
+                {"CHIRROP_SERVICER_ENDPOINT": "http://nowhere.invalid"},
+                "The name has no address: check CHIRROP_S",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": f"http://127.0.0.1:{port}/"},
+                "Nothing listens there: check CHIRROP_A",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": f"https{self.base[4:]}/logs"},
+                "The TLS handshake failed: check CHIRROP_A",
+            ),
+            (
+                {"CHIRROP_SERVICER_ENDPOINT": f"{self.base}/nope"},
+                "api: HTTP 404: no such route. Check CHI",
+            ),
         ):
             with self.subTest(expected):
                 self.assertIn(expected, self.doctor(**env))
@@ -6610,7 +7409,9 @@ class DoctorTest(CommandLineCase):
         thread.start()
         self.addCleanup(lambda: (server.shutdown(), thread.join(LONG), server.server_close()))
         text = self.doctor(CHIRROP_SERVICER_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}")
-        self.assertRegex(text, r"clock: 7,(199|200) s behind the service's. Correct this computer's")
+        self.assertRegex(
+            text, r"clock: 7,(199|200) s behind the service's. Correct this computer's"
+        )
 
     def test_the_proxy_in_use_is_shown_without_its_password(self):
         proxy = f"http://user:{CANARY}@{self.base.split('/')[2]}"
@@ -6622,14 +7423,22 @@ class DoctorTest(CommandLineCase):
 class DemoTest(CommandLineCase):
     def setUp(self):
         super().setUp()
-        os.environ.update(CHIRROP_DISABLED="1", CHIRROP_API_ENDPOINT="ftp://x", CHIRROP_SERVICER_ENDPOINT=self.base)
+        os.environ.update(
+            CHIRROP_DISABLED="1",
+            CHIRROP_API_ENDPOINT="ftp://x",
+            CHIRROP_SERVICER_ENDPOINT=self.base,
+        )
         (self.cwd / ".env").write_text("CHIRROP_API_KEY=wrong")
 
     @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
     def test_demo_accounts_for_every_log_whatever_the_environment_says(self):
         command = [sys.executable, "-I", "-S", str(HERE / "chirrop.py"), "demo"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd)
-        screen = CommandLineTerminalTest.terminal(self, 40, "demo")  # both at once: each takes some seconds
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
+        )
+        screen = CommandLineTerminalTest.terminal(
+            self, 40, "demo"
+        )  # both at once: each takes some seconds
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
         out, err = process.communicate(timeout=LONG)
@@ -6646,7 +7455,9 @@ class DemoTest(CommandLineCase):
             logs = property(lambda self: super().logs[1:])
 
         for sandbox, status in ((chirrop.Sandbox, 0), (Forgetful, 1)):
-            with unittest.mock.patch.multiple(chirrop, Sandbox=sandbox, _DEMO_FAULTS=({"times": 0},)):
+            with unittest.mock.patch.multiple(
+                chirrop, Sandbox=sandbox, _DEMO_FAULTS=({"times": 0},)
+            ):
                 account = json.loads(self.main("demo", "--json", status=status)[0])
             self.assertEqual(account["balanced"], status == 0)
             self.assertEqual((account["accepted"], len(account["rollups"]) > 5), (5000, True))
@@ -6697,7 +7508,9 @@ class HostileTest(TestCase):
         try:
             new_client(api_key="chp_{}".format("canary").encode())
         except chirrop.ChirrOpValidationError as exc:
-            text = "".join(traceback.TracebackException.from_exception(exc, capture_locals=True).format())
+            text = "".join(
+                traceback.TracebackException.from_exception(exc, capture_locals=True).format()
+            )
         self.assertIn("api_key must be a string", text)
         self.assertNotIn("chp_canary", text)
 
@@ -6736,7 +7549,11 @@ class HostileTest(TestCase):
         for name, status in (("remove", 200), ("park", 401), ("bury", 400)):
             with self.subTest(name):
                 client = self.client(transport=FakeTransport(status))
-                buffer, original, armed = client._outbox.buffer, getattr(client._outbox.buffer, name), [True]
+                buffer, original, armed = (
+                    client._outbox.buffer,
+                    getattr(client._outbox.buffer, name),
+                    [True],
+                )
 
                 def interrupted(*args, original=original, armed=armed):
                     if armed:
@@ -6804,7 +7621,8 @@ class HostileTest(TestCase):
         client = self.client(spool=path)
         client.log(Log("a", 1))
         self.assertEqual(
-            {stat.S_IMODE(os.stat(path.parent / name).st_mode) for name in os.listdir(path.parent)}, {0o600}
+            {stat.S_IMODE(os.stat(path.parent / name).st_mode) for name in os.listdir(path.parent)},
+            {0o600},
         )
 
     def test_the_served_sandbox_refuses_web_pages(self):
@@ -6817,7 +7635,9 @@ class HostileTest(TestCase):
         self.addCleanup(server.shutdown)
         for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
             connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
-            connection.request("POST", "/v1.0/logs", b"[]", {"Authorization": "Bearer chp_x", **headers})
+            connection.request(
+                "POST", "/v1.0/logs", b"[]", {"Authorization": "Bearer chp_x", **headers}
+            )
             self.assertEqual(connection.getresponse().status, 403)
             connection.close()
         self.assertEqual(sandbox.requests, [])
@@ -6841,21 +7661,34 @@ class FlowTest(TestCase):
         self.assertTrue(client.flush(LONG))
         event = client.find_event("tool.errors.count", agent="billing")
         self.assertEqual(
-            (event["unit"], [e["event_id"] for e in client.list_events()]), ("errors", [event["event_id"]])
+            (event["unit"], [e["event_id"] for e in client.list_events()]),
+            ("errors", [event["event_id"]]),
         )
-        self.assertEqual(client.update_event(event["event_id"], {"title": "Errors"})["title"], "Errors")
+        self.assertEqual(
+            client.update_event(event["event_id"], {"title": "Errors"})["title"], "Errors"
+        )
         rollups = list(client.iter_event_logs(event["event_id"], "day"))
         self.assertEqual([(r["count"], r["value"]) for r in rollups], [(1, 1.0)])
         analytics = client.get_event_analytics(event["event_id"], "window", "1h", "previous_1d")
-        self.assertEqual((analytics["data"]["current_value"], analytics["data"]["previous_count"]), (1.0, 0))
+        self.assertEqual(
+            (analytics["data"]["current_value"], analytics["data"]["previous_count"]), (1.0, 0)
+        )
 
         policy = client.create_policy(
-            {"event_id": event["event_id"], "period": "day", "aggregate": "sum", "condition": "gte", "threshold": 5}
+            {
+                "event_id": event["event_id"],
+                "period": "day",
+                "aggregate": "sum",
+                "condition": "gte",
+                "threshold": 5,
+            }
         )
         policy = client.update_policy(policy["policy_id"], {"severity": "critical"})
         self.assertEqual(client.get_policy(policy["policy_id"]), policy)
         self.assertEqual(client.list_policies(), [policy])
-        destination = client.create_destination({"channel": "slack", "url": "https://hooks.slack.com/services/T/B/x"})
+        destination = client.create_destination(
+            {"channel": "slack", "url": "https://hooks.slack.com/services/T/B/x"}
+        )
         destination_id = destination["destination_id"]
         client.update_destination(destination_id, {"scope": "all"})
         self.assertEqual(client.get_destination(destination_id)["scope"], "all")
@@ -6870,7 +7703,8 @@ class FlowTest(TestCase):
         self.assertTrue(client.flush(LONG))
         (alert,) = client.list_alerts("triggered")
         self.assertEqual(
-            (alert["policy_id"], alert["severity"], alert["value"]), (policy["policy_id"], "critical", 6.0)
+            (alert["policy_id"], alert["severity"], alert["value"]),
+            (policy["policy_id"], "critical", 6.0),
         )
         (delivery,) = client.iter_alert_deliveries(alert["alert_id"])
         self.assertEqual((delivery["destination_id"], delivery["status"]), (destination_id, "sent"))
@@ -6928,7 +7762,12 @@ class PortabilityTest(TestCase):
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         env.update(options.pop("env", {}))
         done = subprocess.run(
-            [sys.executable, *flags, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=LONG
+            [sys.executable, *flags, "-c", code],
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=LONG,
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""), done.stderr)
         return done.stdout
@@ -6953,20 +7792,30 @@ class PortabilityTest(TestCase):
             name="import other as chirrop"
         )
         code += "from myapp._vendor import chirrop as a; print(a.Log is chirrop.Log)"
-        self.assertEqual(self.run_in(folder, code, "-X", "dev", "-W", "error"), self.FINE * 2 + "False\n")
+        self.assertEqual(
+            self.run_in(folder, code, "-X", "dev", "-W", "error"), self.FINE * 2 + "False\n"
+        )
 
     def test_it_works_from_a_zip_archive_and_as_a_zipapp(self):
         folder = self.folder()
         with zipfile.ZipFile(folder / "lib.zip", "w") as archive:
             archive.write(chirrop.__file__, "chirrop.py")
-        code = "import sys; sys.path.insert(0, 'lib.zip'); " + self.USE.format(name="import chirrop")
+        code = "import sys; sys.path.insert(0, 'lib.zip'); " + self.USE.format(
+            name="import chirrop"
+        )
         self.assertEqual(self.run_in(folder, code, "-I", "-S"), self.FINE)
         with zipfile.ZipFile(folder / "app.pyz", "w") as archive:
             archive.write(chirrop.__file__, "__main__.py")
         done = subprocess.run(
-            [sys.executable, "-I", "app.pyz", "--version"], cwd=folder, capture_output=True, text=True, timeout=LONG
+            [sys.executable, "-I", "app.pyz", "--version"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=LONG,
         )
-        self.assertEqual((done.returncode, done.stdout.split()[-1:]), (0, [chirrop.__version__]), done.stderr)
+        self.assertEqual(
+            (done.returncode, done.stdout.split()[-1:]), (0, [chirrop.__version__]), done.stderr
+        )
 
     def test_it_works_under_every_interpreter_flag(self):
         folder = self.vendored()
@@ -6990,21 +7839,31 @@ class PortabilityTest(TestCase):
     def test_it_works_without_home_in_a_folder_that_is_gone(self):
         folder = self.folder()
         (folder / "gone").mkdir()
-        code = f"import os, sys; os.rmdir(os.getcwd()); sys.path.insert(0, {str(HERE)!r}); " + self.USE.format(
-            name="import chirrop"
+        code = (
+            f"import os, sys; os.rmdir(os.getcwd()); sys.path.insert(0, {str(HERE)!r}); "
+            + self.USE.format(name="import chirrop")
         )
         code += "try: chirrop.Config()\nexcept chirrop.ChirrOpValidationError as exc: print(exc)"
         env = {"HOME": "", "LANG": "C"}
-        self.assertEqual(self.run_in(folder / "gone", code, "-I", env=env), self.FINE + "API key is required\n")
+        self.assertEqual(
+            self.run_in(folder / "gone", code, "-I", env=env), self.FINE + "API key is required\n"
+        )
 
     def test_a_missing_module_is_one_clear_error_when_that_part_is_used(self):
         begin = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfor m in {{missing}}: sys.modules[m] = None\n"
         use = begin + self.USE.format(name="import chirrop")
         self.assertEqual(
-            self.run_in(HERE, use.format(missing=["ssl", "_ssl", "sqlite3", "_ctypes", "ctypes", "fcntl"]), "-I"),
+            self.run_in(
+                HERE,
+                use.format(missing=["ssl", "_ssl", "sqlite3", "_ctypes", "ctypes", "fcntl"]),
+                "-I",
+            ),
             self.FINE,
         )
-        spool = begin + "import chirrop\ntry: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
+        spool = (
+            begin
+            + "import chirrop\ntry: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
+        )
         self.assertIn(
             "SqliteSpool needs the sqlite3 module, which this Python lacks",
             self.run_in(HERE, spool.format(missing=["sqlite3"]), "-I"),
@@ -7138,17 +7997,33 @@ class DocsTest(TestCase):
                 thread = threading.Thread(target=server.serve_forever)
                 thread.start()
                 os.chdir(self.folder())
-                os.environ["CHIRROP_API_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}/v1.0/logs"
-                os.environ["CHIRROP_SERVICER_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}/v1.0"
+                os.environ["CHIRROP_API_ENDPOINT"] = (
+                    f"http://127.0.0.1:{server.server_port}/v1.0/logs"
+                )
+                os.environ["CHIRROP_SERVICER_ENDPOINT"] = (
+                    f"http://127.0.0.1:{server.server_port}/v1.0"
+                )
                 scope = {"__name__": "readme"}
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):
                         exec(compile(block, "README.md", "exec"), scope)
                         if "handler" in scope:
-                            self.assertEqual(scope["handler"]({}, LambdaTest.Context(30_000)), {"statusCode": 200})
-                    for case in [v for v in scope.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)]:
-                        result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
-                        self.assertTrue(result.wasSuccessful() and result.testsRun, result.errors + result.failures)
+                            self.assertEqual(
+                                scope["handler"]({}, LambdaTest.Context(30_000)),
+                                {"statusCode": 200},
+                            )
+                    for case in [
+                        v
+                        for v in scope.values()
+                        if isinstance(v, type) and issubclass(v, unittest.TestCase)
+                    ]:
+                        result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(
+                            unittest.TestResult()
+                        )
+                        self.assertTrue(
+                            result.wasSuccessful() and result.testsRun,
+                            result.errors + result.failures,
+                        )
                     if "client" in scope:
                         scope["client"].close(LONG)
                 finally:
@@ -7191,7 +8066,11 @@ class DocsTest(TestCase):
         parameters = inspect.signature(Config).parameters
         self.assertEqual(list(rows), list(parameters))
         for name, parameter in parameters.items():
-            if isinstance(parameter.default, (int, float)) and parameter.default is not False and name != "log_level":
+            if (
+                isinstance(parameter.default, (int, float))
+                and parameter.default is not False
+                and name != "log_level"
+            ):
                 self.assertEqual(float(rows[name]), parameter.default)
 
     def test_the_commands_stand_at_the_top(self):

@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import chirrop
-from chirrop import ChirrOp, ChirrOpError, Client, Config, Log, Sandbox, SqliteSpool, Stats, new_client
+from chirrop import (
+    ChirrOp,
+    ChirrOpError,
+    Client,
+    Config,
+    Log,
+    Sandbox,
+    SqliteSpool,
+    Stats,
+    new_client,
+)
 
 if TYPE_CHECKING:
     from chirrop import Alert, Analytics, Event, Rollup
@@ -21,14 +31,18 @@ def use(client: Client) -> str | None:
     if event is None:
         return None
     rollups: list[Rollup] = client.get_event_logs(event["event_id"], period="hour")
-    analytics: Analytics = client.get_event_analytics(event["event_id"], "window", "1h", "previous_1d")
+    analytics: Analytics = client.get_event_analytics(
+        event["event_id"], "window", "1h", "previous_1d"
+    )
     alerts: list[Alert] = client.list_alerts("triggered")
     client.create_policy({"event_id": event["event_id"], "aggregate": "p95_est"})
     client.get_event_logs("1", period="week")  # type: ignore[arg-type]
     client.no_such_call()  # type: ignore[attr-defined]
     print(event["event"].upper(), event["nope"])  # type: ignore[typeddict-item]
     data = analytics.get("data")
-    print(data.get("current_value") if data else None, len(alerts), [r.get("count") for r in rollups])
+    print(
+        data.get("current_value") if data else None, len(alerts), [r.get("count") for r in rollups]
+    )
     return event.get("title")
 
 
