@@ -3,6 +3,8 @@
 They stand in the order of the module. Tests use real sockets on loopback, real SQLite files, real processes
 and real signals; a fake transport only where the policy itself is tested. Nothing sleeps to wait for
 something: waits are for an event, with a time-out that is far longer than needed and fails loudly.
+
+By default the long tests run a few rounds each; with CHIRROP_TEST_FULL=1, as in .ci/run, all of them.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ from chirrop import (
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
 LONG = 30.0  # seconds: a time-out that only a failure reaches
+FULL = bool(os.environ.get("CHIRROP_TEST_FULL"))
+
+
+def rounds(quick, full):
+    """Return how many seeds, kills, processes or repetitions a test runs: the one place that decides."""
+    return full if FULL else quick
 
 
 class FakeTransport:
@@ -403,22 +411,22 @@ class LogTest(TestCase):
             self.refused("log_id must be a UUID, got ", log_id=bad)
 
     def test_made_ids_do_not_repeat_and_have_random_bits_everywhere(self):
-        made = [Log("a", 1).log_id for _ in range(20000)]
-        self.assertEqual(len(set(made)), 20000)
+        made = [Log("a", 1).log_id for _ in range(rounds(2000, 20000))]
+        self.assertEqual(len(set(made)), len(made))
         for place in set(range(36)) - {8, 13, 14, 18, 23}:
             self.assertEqual(len({i[place] for i in made}), 4 if place == 19 else 16, place)
 
     def test_threads_never_share_an_id(self):
-        made = [[] for _ in range(8)]
+        made, count = [[] for _ in range(8)], rounds(500, 3000)
         threads = [
-            threading.Thread(target=lambda o=o: o.extend(Log("a", 1).log_id for _ in range(3000)))
+            threading.Thread(target=lambda o=o: o.extend(Log("a", 1).log_id for _ in range(count)))
             for o in made
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(LONG)
-        self.assertEqual(len({i for part in made for i in part}), 24000)
+        self.assertEqual(len({i for part in made for i in part}), 8 * count)
 
     def test_processes_with_one_random_seed_and_a_fork_make_different_ids(self):
         code = (
@@ -890,7 +898,7 @@ class OutboxTest(TestCase):
     def test_a_wait_that_is_over_before_it_begins_ends(self):
         # queue.SimpleQueue, before Python 3.13, hangs within some thousand of these.
         def wait():
-            for number in range(20_000):
+            for number in range(rounds(4_000, 20_000)):
                 bell = chirrop._Bell()
                 if number % 2:
                     bell.ring()
@@ -1103,11 +1111,11 @@ class Simulation:
 
 
 class SimulationTest(TestCase):
-    """CHIRROP_TEST_SEED=N runs one seed alone; CHIRROP_TEST_SEEDS=N sets how many are run."""
+    """TEST_SEED=N runs one seed alone."""
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
-        for seed in [int(one)] if one else range(int(os.environ.get("TEST_SEEDS", "5000"))):
+        for seed in [int(one)] if one else range(rounds(300, 5000)):
             where = path and f"{path}/{seed}"
             try:
                 Simulation(seed, where).run()
@@ -1119,10 +1127,10 @@ class SimulationTest(TestCase):
                 for name in os.listdir(path):
                     os.unlink(f"{path}/{name}")
 
-    def test_every_log_is_accounted_for_in_memory_under_5000_seeds(self):
+    def test_every_log_is_accounted_for_in_memory_under_every_seed(self):
         self.seeds()
 
-    def test_every_log_is_accounted_for_with_a_spool_and_crashes_under_5000_seeds(self):
+    def test_every_log_is_accounted_for_with_a_spool_and_crashes_under_every_seed(self):
         memory = "/dev/shm"  # a file system in memory, where there is one: commits without a disk
         self.seeds(self.folder(memory if os.path.isdir(memory) else None))
 
@@ -1743,7 +1751,7 @@ class SpoolCorruptTest(ProcessTestCase):
         data, rng = path.read_bytes(), random.Random(3)
         places = {0, 1, 15, 16, 17, 99, 100, 101, 511, 512, len(data) - 1}
         places |= {p + d for p in range(4096, len(data), 4096) for d in (-1, 0, 1)}
-        places |= {rng.randrange(len(data)) for _ in range(50)}
+        places |= {rng.randrange(len(data)) for _ in range(rounds(5, 50))}
         for place in sorted(places):
             with self.subTest(place):
                 copy = self.spool()
@@ -1758,7 +1766,8 @@ class SpoolCorruptTest(ProcessTestCase):
         path, left = self.make_spool(12)
         data, rng = path.read_bytes(), random.Random(4)
         used = [n for n, byte in enumerate(data) if byte] + list(range(108))
-        for number in [*range(100), *(rng.choice(used) for _ in range(220))]:
+        places = [*range(100), *(rng.choice(used) for _ in range(220))]
+        for number in places[:: rounds(5, 1)]:
             bit = 1 << rng.randrange(8)
             with self.subTest(byte=number, bit=bit):
                 copy = self.spool()
@@ -1776,7 +1785,7 @@ class SpoolCorruptTest(ProcessTestCase):
         names = [n for n in os.listdir(path.parent) if not n.endswith("-shm")]
         data = {n: (path.parent / n).read_bytes() for n in names}
         wal, rng = data["spool.db-wal"], random.Random(5)
-        for _ in range(40):
+        for _ in range(rounds(6, 40)):
             place = rng.randrange(len(wal))
             for damaged in (wal[:place], wal[:place] + bytes([wal[place] ^ 64]) + wal[place + 1 :]):
                 copy = self.folder()
@@ -1927,7 +1936,7 @@ c = client(spool=sys.argv[2], transport=down, flush_delay=60)
 say("ready"); sys.stdin.readline()
 log(c); os.kill(os.getpid(), 9)
 """
-        for _ in range(3):
+        for _ in range(rounds(1, 3)):
             path = self.spool()
             programs = [self.start_program(code, "http://x", path) for _ in range(8)]
             for program in programs:
@@ -2171,7 +2180,7 @@ c = client(flush_delay=60)
             with self.subTest(spool=bool(spool)):
                 server.stored.clear()
                 logged = self.run_program(
-                    """
+                    f"""
 def descriptors():
     gc.collect()
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -2186,7 +2195,7 @@ def settle():
             assert not thread.is_alive(), thread
 
 before = descriptors()
-for round in range(200):
+for round in range({rounds(40, 200)}):
     c = client(spool=sys.argv[2] or None)
     log(c) if round % 4 else c.flush(25)
     del c
@@ -2411,8 +2420,8 @@ reap(*[fork(child) for _ in range(4)])
         )
         self.assertEqual(len(set(said)), 80)
 
-    def test_fork_100_times_while_4_threads_log_sends_each_log_once(self):
-        for spool, children in (("", 100), (self.spool(), 40)):
+    def test_forks_while_4_threads_log_send_each_log_once(self):
+        for spool, children in (("", rounds(20, 100)), (self.spool(), rounds(10, 40))):
             with self.subTest(spool=bool(spool)):
                 server = self.server()
                 logged = self.run_program(
@@ -2774,10 +2783,10 @@ sys.stdin.read()
         self.started.append(program)
         return program
 
-    def test_50_kills_at_random_moments_lose_no_log(self):
+    def test_kills_at_random_moments_lose_no_log(self):
         self.started, logged = [], []
         server, path, rng = self.server(), self.spool(), random.Random(50)
-        for seed in range(50):
+        for seed in range(rounds(10, 50)):
             server.status = rng.choice((200, 200, 200, 502))
             program = self.start(server, seed, path, 100000)
             self.line(program)
@@ -2787,25 +2796,26 @@ sys.stdin.read()
                 server.wait(lambda n=len(server.arrived): len(server.arrived) > n)
             logged += self.kill_program(program)
         server.status = 200
-        self.assertGreater(len(logged), 1000)
+        self.assertGreater(len(logged), rounds(100, 1000))
         self.assertAllArrive(server, path, logged)
 
-    def test_8_processes_on_one_spool_with_kills_and_restarts_lose_no_log(self):
+    def test_processes_on_one_spool_with_kills_and_restarts_lose_no_log(self):
         self.started, logged = [], []
         server, path, rng = self.server(), self.spool(), random.Random(8)
-        programs = [self.start(server, n, path, 150) for n in range(8)]
-        for kill in range(24):
+        count, kills = rounds(3, 8), rounds(6, 24)
+        programs = [self.start(server, n, path, 150) for n in range(count)]
+        for kill in range(kills):
             number = len(server.stored)
             server.wait(lambda n=number + rng.randrange(30): len(server.stored) > n)
-            victim = rng.randrange(8)
+            victim = rng.randrange(count)
             logged += self.kill_program(programs[victim])
-            programs[victim] = self.start(server, 8 + kill, path, 150)
+            programs[victim] = self.start(server, count + kill, path, 150)
         for program in programs:
             for _ in range(rng.randrange(20)):
                 logged.append(self.line(program))
             logged += self.kill_program(program)
         logged = [word for word in logged if word != "up"]
-        self.assertGreater(len(logged), 1000)
+        self.assertGreater(len(logged), rounds(200, 1000))
         self.assertAllArrive(server, path, logged)
 
 
@@ -2892,7 +2902,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
                     logging.getLogger("chirrop").removeHandler(handler)
                     self.assertLess(self.assertBalanced(client).accepted, 10)
 
-    def test_100000_drops_make_a_handful_of_records(self):
+    def test_many_drops_make_a_handful_of_records(self):
         for raises in (False, True):
             with self.subTest(raises=raises):
                 self.records.clear()
@@ -2901,7 +2911,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
                     on_drop=(lambda logs, error: 1 / 0) if raises else None,
                 )  # fmt: skip
                 entry = Log("x", 1)
-                for _ in range(100_000 if not raises else 20_000):
+                for _ in range(rounds(10_000, 20_000 if raises else 100_000)):
                     client.log(entry)
                 client.close(LONG)
                 self.assertBalanced(client)
@@ -2976,7 +2986,7 @@ class MemoryTest(ProcessTestCase):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         start = tracemalloc.get_traced_memory()[0]
-        while refused < 3000:
+        while refused < rounds(1000, 3000):
             try:
                 client.log(Log("x", 1, meta="m" * 900))
                 accepted += 1
@@ -7193,7 +7203,7 @@ class CommandLineStreamTest(CommandLineCase):
             None, status=200, path="/logs"
         )  # so that this process keeps nothing, either
         peaks = []
-        for count in (1000, 50000):
+        for count in (1000, rounds(20000, 50000)):
             process = self.start("log", "-")
             for _ in range(count // 1000):
                 process.stdin.write(
