@@ -4305,7 +4305,7 @@ class TransportSecurityTest(SocketTestCase):
 
     def test_a_server_without_tls_is_not_talked_to(self):
         server = self.server()  # waits for the end of what it takes for a request
-        client = self.real(server.url.replace("http:", "https:"), servicer_retries=0, timeout=0.3)
+        client = self.real(server.url.replace("http:", "https:"), servicer_retries=0, timeout=0.2)
         with self.assertRaises(chirrop.ChirrOpTransportError):
             client.list_events()
         self.assertEqual(server.requests, [])
@@ -4336,16 +4336,18 @@ class TransportSecurityTest(SocketTestCase):
 
     def test_a_proxy_that_refuses_the_tunnel_or_drips_is_a_network_failure(self):
         server, context = self.tls_server()
-        for name, default, wanted in (
-            ("407", answer(407), "407"),
-            ("closed", cut(), ""),
-            ("garbage", cut(b"SSH-2.0\r\n\r\n"), ""),
-            ("drip", drip(b"HTTP/1.1 200 OK\r\nX: "), ""),
+        for name, default, wanted, timeout in (
+            ("407", answer(407), "407", LONG),
+            ("closed", cut(), "", LONG),
+            ("garbage", cut(b"SSH-2.0\r\n\r\n"), "", LONG),
+            ("drip", drip(b"HTTP/1.1 200 OK\r\nX: "), "", 0.2),
         ):
             with self.subTest(name):
                 proxy = self.server(default=default)
                 os.environ["https_proxy"] = proxy.url
-                client = self.real(server, ssl_context=context, servicer_retries=0, timeout=0.5)
+                client = self.real(
+                    server, ssl_context=context, servicer_retries=0, timeout=timeout
+                )
                 with self.assertRaisesRegex(chirrop.ChirrOpTransportError, wanted):
                     client.list_events()
                 self.assertEqual(server.requests, [])
@@ -4544,7 +4546,7 @@ class TransportSecurityTest(SocketTestCase):
         tls, _ = self.tls_server()
         hanging = self.server(default=hang)
         proxy = self.server(default=answer(407))
-        for name, url, env in (
+        for name, url, env in (  # the time-out is for the one that hangs
             ("refused", self.server(listening=False).url, {}),
             ("certificate", tls.url, {}),
             ("hang", hanging.url, {}),
@@ -4553,7 +4555,7 @@ class TransportSecurityTest(SocketTestCase):
         ):
             with self.subTest(name), mock.patch.dict(os.environ, env):
                 client = self.real(
-                    url, api_key=self.CANARY, servicer_retries=0, retries=0, timeout=0.3
+                    url, api_key=self.CANARY, servicer_retries=0, retries=0, timeout=0.1
                 )
                 for call in (client.list_events, lambda: client.send_logs([Log("a.b.count", 1)])):
                     self.assertNoKey(self.shown_by(call, chirrop.ChirrOpTransportError), name)
@@ -6883,8 +6885,16 @@ class CommandLineCase(TestCase):
         self.cwd = self.folder()  # without a .env
 
     def cli(self, *args, status=0, input="", **env):
-        """Run a command as a process; return its standard output and error after the checks that always hold."""
+        """Run a command; return its standard output and error after the checks that always hold.
+
+        A process in a full run; in a quick one it runs in this process, as far as that is the same.
+        """
         data = input if isinstance(input, bytes) else input.encode()
+        if not FULL:
+            self.addCleanup(os.chdir, os.getcwd())
+            os.chdir(self.cwd)
+            with mock.patch.dict(os.environ, {"COLUMNS": "80", **env}):
+                return self.main(*args, status=status, input=data)
         done = subprocess.run(
             [*CLI, *args],
             input=data,
@@ -6898,14 +6908,18 @@ class CommandLineCase(TestCase):
         self.assertEqual(done.returncode, status, (args, out, err))
         return out, err
 
-    def main(self, *args, status=0):
+    def main(self, *args, status=0, input=b""):
         """Run a command in this process; return its standard output and error."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+        pipes = [io.BytesIO(input), io.BytesIO(), io.BytesIO()]
+        stdin, stdout, stderr = (io.TextIOWrapper(pipe, encoding) for pipe in pipes)
+        with mock.patch.multiple(sys, stdin=stdin, stdout=stdout, stderr=stderr):
             code = chirrop.main(list(args))
-        self.check(out.getvalue(), err.getvalue())
-        self.assertEqual(code, status, (args, out.getvalue(), err.getvalue()))
-        return out.getvalue(), err.getvalue()
+            stdout.flush(), stderr.flush()
+        out, err = (pipe.getvalue().decode() for pipe in pipes[1:])
+        self.check(out, err)
+        self.assertEqual(code, status, (args, out, err))
+        return out, err
 
     def check(self, *texts):
         for text in texts:
