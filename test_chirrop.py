@@ -7478,13 +7478,16 @@ class DemoTest(CommandLineCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
     def test_demo_accounts_for_every_log_whatever_the_environment_says(self):
-        command = [sys.executable, "-I", "-S", str(HERE / "chirrop.py"), "demo"]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
+        hasty = "import chirrop, sys; chirrop._backoff = lambda *_: 0.3; sys.exit(chirrop.main())"
+        command = rounds(
+            [sys.executable, "-S", "-c", hasty],
+            [sys.executable, "-I", "-S", str(HERE / "chirrop.py")],
         )
-        screen = CommandLineTerminalTest.terminal(
-            self, 40, "demo"
-        )  # both at once: each takes some seconds
+        process = subprocess.Popen(
+            [*command, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
+        )
+        with mock.patch.dict(globals(), CLI=command):
+            screen = CommandLineTerminalTest.terminal(self, 40, "demo")  # both at once
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
         out, err = process.communicate(timeout=LONG)
