@@ -7478,15 +7478,13 @@ class DemoTest(CommandLineCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
     def test_demo_accounts_for_every_log_whatever_the_environment_says(self):
-        hasty = "import chirrop, sys; chirrop._backoff = lambda *_: 0.3; sys.exit(chirrop.main())"
-        command = rounds(
-            [sys.executable, "-S", "-c", hasty],
-            [sys.executable, "-I", "-S", str(HERE / "chirrop.py")],
-        )
+        code = "import chirrop, sys; chirrop._backoff = lambda *_: 0.3; sys.exit(chirrop.main())"
+        hasty = [sys.executable, "-c", code]
+        command = rounds(hasty, [sys.executable, "-I", "-S", str(HERE / "chirrop.py")])
         process = subprocess.Popen(
             [*command, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
         )
-        with mock.patch.dict(globals(), CLI=command):
+        with mock.patch.dict(globals(), CLI=rounds(hasty, CLI)):
             screen = CommandLineTerminalTest.terminal(self, 40, "demo")  # both at once
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
