@@ -1,10 +1,11 @@
 """The tests of chirrop: standard library only, run with `python3 -m unittest`.
 
-They stand in the order of the module. Tests use real sockets on loopback, real SQLite files, real processes
-and real signals; a fake transport only where the policy itself is tested. Nothing sleeps to wait for
-something: waits are for an event, with a time-out that is far longer than needed and fails loudly.
+They stand in the order of the module. Tests use real sockets on loopback, real SQLite files, real
+processes and real signals; a fake transport only where the policy itself is tested. Nothing sleeps
+to wait for something: waits are for an event, with a time-out that is far longer than needed and
+fails loudly.
 
-By default the long tests run a few rounds each; with CHIRROP_TEST_FULL=1, as in .ci/run, all of them.
+By default the long tests run a few rounds each; with CHIRROP_TEST_FULL=1, as in .ci/run, all.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ FULL = bool(os.environ.get("CHIRROP_TEST_FULL"))
 
 
 def rounds(quick, full):
-    """Return how many seeds, kills, processes or repetitions a test runs: the one place that decides."""
+    """Return `full` if the tests run in full: a number of seeds, kills, processes, repetitions."""
     return full if FULL else quick
 
 
@@ -80,7 +81,7 @@ STRICT = rounds(["-W", "error"], ["-X", "dev", "-W", "error"])
 
 
 def setUpModule():
-    """See that the module's bytecode is cached: the processes of the tests start four times as fast."""
+    """Cache the module's bytecode: processes that import it start several times as fast."""
     if sys.dont_write_bytecode:
         with contextlib.suppress(OSError):
             py_compile.compile(chirrop.__file__)
@@ -89,7 +90,8 @@ def setUpModule():
 class FakeTransport:
     """Answer from a script, record requests; what is not scripted is answered by `default`.
 
-    An answer is a status, a (status, body, headers) tuple, an exception to raise, or a callable of the body.
+    An answer is a status, a (status, body, headers) tuple, an exception to raise, or a callable of
+    the body.
     """
 
     def __init__(self, *answers, default=200):
@@ -120,7 +122,7 @@ def ids(logs):
 
 
 class TestCase(unittest.TestCase):
-    """Closes what it opens; fails when a thread of ours dies or stays, or when an account does not balance."""
+    """Closes what it opens; fails if a thread of ours dies or stays, or an account is off."""
 
     maxDiff = None
 
@@ -166,7 +168,7 @@ class TestCase(unittest.TestCase):
         return stats
 
     def client(self, *answers, **fields):
-        """Return a client on a FakeTransport with these answers, without jitter; closed at the end."""
+        """Return a client on a FakeTransport with these answers, without jitter; it is closed."""
         fields.setdefault("transport", FakeTransport(*answers))
         fields.setdefault("api_key", KEY)
         client = new_client(**fields)
@@ -197,7 +199,8 @@ class TestCase(unittest.TestCase):
         return subprocess.run(
             [sys.executable, *STRICT, "-c", code, *map(str, args)],
             capture_output=True, text=True, timeout=timeout,
-            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONFAULTHANDLER": "1", **(env or {})}, **options,
+            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONFAULTHANDLER": "1", **(env or {})},
+            **options,
         )  # fmt: skip
 
 
@@ -512,7 +515,8 @@ class LogTest(TestCase):
     def test_naive_times_are_utc_whatever_the_local_zone(self):
         code = (
             "from chirrop import Log; from datetime import datetime, timezone\n"
-            "t = datetime.now(timezone.utc).replace(tzinfo=None); print(Log('a', 1, occurred_at=t).occurred_at == t.isoformat() + 'Z')"
+            "t = datetime.now(timezone.utc).replace(tzinfo=None)\n"
+            "print(Log('a', 1, occurred_at=t).occurred_at == t.isoformat() + 'Z')"
         )
         self.assertEqual(self.python(code, env={"TZ": "Asia/Kolkata"}).stdout, "True\n")
 
@@ -2095,7 +2099,8 @@ say(time.monotonic())
             PRELUDE + """
 import logging
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
-c = client(transport=down, exit_timeout=0.1, on_drop=lambda logs, error: print("DROPPED", len(logs), error))
+on_drop = lambda logs, error: print("DROPPED", len(logs), error)
+c = client(transport=down, exit_timeout=0.1, on_drop=on_drop)
 log(c, 3)
 """,
             "http://x",
@@ -2238,7 +2243,8 @@ assert not chirrop._open_senders, chirrop._open_senders
 import logging
 c = client(transport=down); c.close()
 logger = logging.getLogger("chirrop")
-assert not logger.handlers and not logging.getLogger().handlers and logger.level == 0 and logger.propagate
+assert not logger.handlers and not logging.getLogger().handlers
+assert logger.level == 0 and logger.propagate
 """,
             "http://x",
         )
@@ -2774,7 +2780,7 @@ class KillTest(ProcessTestCase):
     CODE = """
 import socket
 seed, path, count = sys.argv[2:]
-def transport(method, url, body, headers, timeout):     # a real socket without the import of urllib, for speed
+def transport(method, url, body, headers, timeout):     # a real socket, without urllib for speed
     with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout) as s:
         s.sendall(b"POST / HTTP/1.1\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
         answer = s.recv(1000)
@@ -2788,7 +2794,7 @@ sys.stdin.read()
 """
 
     def assertAllArrive(self, server, path, logged):
-        """Send the rest in a last run; every id whose log() had returned must have arrived by then."""
+        """Send the rest in a last run; each id whose log() had returned must have arrived."""
         server.go.set()
         rest = self.drain(path)
         arrived = set(server.stored) | set(rest)
@@ -2992,7 +2998,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
 
 class MemoryTest(ProcessTestCase):
     def outage(self, transport):
-        """Fill a bounded queue in an outage, go on for long, and return the most bytes held for it."""
+        """Fill a bounded queue in an outage, go on for long; return the most bytes held for it."""
         try:
             import tracemalloc
         except ImportError:
@@ -3280,7 +3286,7 @@ class SocketTestCase(TestCase):
         return server
 
     def certificate(self):
-        """Return the path of a file with the servers' certificate, and a context to serve with it."""
+        """Return the path of the servers' certificate, and a context to serve with it."""
         path = self.folder() / "cert.pem"
         path.write_text(CERTIFICATE)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3322,7 +3328,7 @@ class SocketTestCase(TestCase):
 
 
 def unreached(server, client):
-    """Let the server listen only once the client has been refused; the wait before a retry is the moment."""
+    """Let the server listen once the client was refused: in its wait before the retry."""
     client._outbox._rand = lambda: server.listen() or 0.0
 
 
@@ -3516,7 +3522,7 @@ class RetryTableTest(SocketTestCase):
         self.assertEqual(store, {log.log_id: log.to_dict() for log in logs})
 
     def answered_before_the_end(self, early):
-        """Return the account after the server answered a large body without reading it, and hung up."""
+        """Return the account after the server answered a large body unread, and hung up."""
 
         def impatient(connection):
             while b"\r\n\r\n" not in connection.received:
@@ -4356,9 +4362,7 @@ class TransportSecurityTest(SocketTestCase):
             with self.subTest(name):
                 proxy = self.server(default=default)
                 os.environ["https_proxy"] = proxy.url
-                client = self.real(
-                    server, ssl_context=context, servicer_retries=0, timeout=timeout
-                )
+                client = self.real(server, ssl_context=context, servicer_retries=0, timeout=timeout)
                 with self.assertRaisesRegex(chirrop.ChirrOpTransportError, wanted):
                     client.list_events()
                 self.assertEqual(server.requests, [])
@@ -7691,7 +7695,7 @@ class HostileTest(TestCase):
 
 
 class FlowTest(TestCase):
-    """What an application does with ChirrOp from its first log to an archived alert, by one client."""
+    """What an application does by one client from its first log to an archived alert."""
 
     def setUp(self):
         super().setUp()
@@ -7787,7 +7791,7 @@ class HttpFlowTest(FlowTest):
 
 
 class PortabilityTest(TestCase):
-    """The ways in which the file is carried about: each in a process of its own, far from this folder."""
+    """The ways to carry the file about: each in a process of its own, far from this folder."""
 
     USE = (
         "{name}; s = chirrop.Sandbox()\n"
@@ -7888,7 +7892,10 @@ class PortabilityTest(TestCase):
         )
 
     def test_a_missing_module_is_one_clear_error_when_that_part_is_used(self):
-        begin = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfor m in {{missing}}: sys.modules[m] = None\n"
+        begin = (
+            f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+            "for m in {missing}: sys.modules[m] = None\n"
+        )
         use = begin + self.USE.format(name="import chirrop")
         self.assertEqual(
             self.run_in(
@@ -7898,16 +7905,17 @@ class PortabilityTest(TestCase):
             ),
             self.FINE,
         )
-        spool = (
-            begin
-            + "import chirrop\ntry: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
+        spool = begin + (
+            "import chirrop\n"
+            "try: chirrop.SqliteSpool('x')\nexcept chirrop.ChirrOpError as exc: print(exc)"
         )
         self.assertIn(
             "SqliteSpool needs the sqlite3 module, which this Python lacks",
             self.run_in(HERE, spool.format(missing=["sqlite3"]), "-I"),
         )
         tls = begin + (
-            "import chirrop\nc = chirrop.new_client(api_key='chp_x', servicer_endpoint='https://127.0.0.1:9', servicer_retries=0)\n"
+            "import chirrop\nc = chirrop.new_client(api_key='chp_x', servicer_retries=0,"
+            " servicer_endpoint='https://127.0.0.1:9')\n"
             "try: c.list_events()\nexcept chirrop.ChirrOpTransportError as exc: print(exc)"
         )
         self.assertIn(
@@ -7937,12 +7945,12 @@ class PortabilityTest(TestCase):
 
 
 class LambdaRuntimeTest(TestCase):
-    """A process that imitates the runtime: init, invocations with freezes between, nothing to write to."""
+    """A process that imitates the runtime: init, invocations, freezes between, a read-only disk."""
 
     RUNTIME = r"""
 import os, signal, sys
-os.chdir("/proc" if os.path.isdir("/proc") else "/")             # nothing can be written here
-sys.path.insert(0, os.path.join(sys.argv[1], "python"))           # as the layer is mounted: /opt/python
+os.chdir("/proc" if os.path.isdir("/proc") else "/")  # nothing can be written here
+sys.path.insert(0, os.path.join(sys.argv[1], "python"))  # as the layer is mounted: /opt/python
 import chirrop
 client = chirrop.new_client(api_key="chp_x", api_endpoint=sys.argv[2], flush_delay=86400)
 
@@ -7958,7 +7966,7 @@ class Context:
 
 for n in range(3):
     print(handler({"n": n}, Context()), client.stats().delivered, flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP)                          # frozen the moment the handler returns
+    os.kill(os.getpid(), signal.SIGSTOP)  # frozen the moment the handler returns
 """
 
     def test_a_layer_delivers_before_each_freeze_and_after_each_thaw(self):
