@@ -470,8 +470,13 @@ def _canonical_id(log_id: object) -> str:
 
     if isinstance(log_id, str):
         log_id = str.strip(log_id)
+    if log_id == "":
+        return ""
     try:
-        return str(uuid.UUID(str(log_id))) if log_id != "" else ""
+        made = uuid.UUID(str(log_id))
+        if made.hex not in str(log_id).lower().replace("-", ""):  # int() takes "_", "+" and "١"
+            raise ValueError("not 32 hexadecimal digits")
+        return str(made)
     except Exception as exc:
         raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
 
@@ -485,7 +490,7 @@ def _parse_time(value: object) -> datetime:
 
             match = re.fullmatch(
                 r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?(?:[.,]([0-9]+))?"
-                r"(?:[Zz]|([+-][0-9]{2}):?([0-9]{2}(?::[0-9]{2}(?:\.[0-9]{6})?)?))?",
+                r"(?:[Zz]|([+-][0-9]{2}):?([0-5][0-9](?::[0-5][0-9](?:\.[0-9]{6})?)?))?",
                 value.strip(),
             )
             if match is None:
