@@ -611,8 +611,8 @@ class ConfigTest(TestCase):
             "batch_size": (0, 1.5, None), "flush_delay": (-1, float("inf"), "x"), "queue_size": (-1, None, 1.0),
             "log_level": (-1, "LOUD", 1.5, None), "on_exhausted": ("", "hold", None), "max_senders": (0, 65, None),
             "exit_timeout": (-1, float("nan")), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
-            "api_endpoint": ("ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
-            "servicer_endpoint": ("file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
+            "api_endpoint": ("", "ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
+            "servicer_endpoint": ("", "file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
         }  # fmt: skip
         for name, values in wrong.items():
             for value in values:
@@ -649,7 +649,7 @@ class ConfigTest(TestCase):
     def test_a_key_of_another_form_is_refused_without_showing_it(self):
         for bad, text in (
             ("canary", "^Invalid API key: must start with 'chp_'$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
-            ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"),
+            ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"), (" chp_ ", "nothing follows 'chp_'$"),
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
                 Config(api_key=bad)
@@ -7507,10 +7507,10 @@ class SandboxAgainstSdkTest(SandboxCase):
             for number, call in enumerate(self.word_calls(client)):
                 for word in sorted(words):
                     told = self.passes(call, word, chirrop.ChirrOpValidationError)
-                    with mock.patch.object(chirrop, "_choice", lambda name, value, _: value):
-                        with mock.patch.object(chirrop, "_ANALYTICS_PAIRS", pairs):
-                            if self.passes(call, word, ChirrOpError) != told:
-                                yield number, word
+                    let_pass = mock.patch.object(chirrop, "_choice", lambda name, value, _: value)
+                    with let_pass, mock.patch.object(chirrop, "_ANALYTICS_PAIRS", pairs):
+                        if self.passes(call, word, ChirrOpError) != told:
+                            yield number, word
 
     def test_they_know_the_same_words(self):
         self.assertEqual([*self.word_differences()], [])
@@ -7623,7 +7623,7 @@ class CommandLineTest(CommandLineCase):
             (), ("nope",), ("log",), ("log", "x"), ("log", "x", "abc"), ("log", "x", "nan"), ("log", " ", "1"),
             ("log", "x", "1", "--meta", "{"), ("log", "x", "1", "--log-id", "7"), ("log", "-", "1"),
             ("log", "x", "1", "--occurred-at", "soon"), ("log", "-", "--agent", "a"), ("rollups",),
-            ("rollups", "x", "--period", "year"), ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
+            ("rollups", "x", "--period", "year"), ("rollups", "x", "--limit", "0"), ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
@@ -7708,6 +7708,31 @@ class CommandLineTest(CommandLineCase):
                 self.assertIn("█", rows[0])
         rollups = self.json("rollups", "tool.errors.count", "--period", "day", "--limit", "1")
         self.assertEqual((rollups[0]["min"], rollups[0]["max"]), (-5.0, 30.0))
+
+    def test_rollups_show_the_most_recent_buckets_whatever_the_order_of_the_answer(self):
+        now, handlers = datetime.now(timezone.utc), chirrop.Sandbox._ROUTES["events/*/logs"]
+        client = new_client(api_key=CANARY)
+        for minutes in range(130):
+            client.log(Log("a.b", minutes, occurred_at=now - timedelta(minutes=minutes)))
+        self.assertTrue(client.close())
+        newest_first = handlers["GET"]
+
+        def oldest_first(sandbox, path, query, body):
+            rows = newest_first(sandbox, path, {"period": query["period"], "limit": "999"}, body)
+            return chirrop._sandbox_page(rows[::-1], query)
+
+        for handler in (newest_first, oldest_first):
+            with mock.patch.dict(handlers, GET=handler):
+                for arguments, shown in (
+                    ((), 100), (("--limit", "1"), 1), (("--limit", "120"), 120), (("--limit", "500"), 130), (("--all",), 130),
+                ):  # fmt: skip
+                    with self.subTest(handler.__name__, arguments=arguments):
+                        command = "rollups", "a.b", "--period", "minute", *arguments
+                        rows = json.loads(self.main(*command, "--json")[0])
+                        self.assertEqual([row["value"] for row in rows], [*range(shown)])
+                        chart = self.main(*command)[0].splitlines()
+                        self.assertEqual(len(chart), shown + 1)
+                        self.assertIn(f"{now:%m-%d %H:%M}", chart[-1])
 
     def test_a_chart_without_unicode_is_drawn_in_ascii(self):
         self.send(10, agent="büro")
@@ -7824,10 +7849,29 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual([e["event"] for e in self.json("events", **variables)], ["x"])
         self.assertEqual(self.sandbox.requests, [])
         port = variables["CHIRROP_API_ENDPOINT"].split(":")[2].split("/")[0]
-        self.assertIn("in use", self.cli("sandbox", "--port", port, status=1)[1])
+        refused = self.cli("sandbox", "--port", port, status=1)[1]
+        self.assertIn(f"cannot listen on port {port} of 127.0.0.1: Address already in use", refused)
+        self.assertIn("`--port 0` takes a free one", refused)
         served.send_signal(2)
         self.assertEqual(served.communicate(timeout=LONG), (b"", b""))
         self.assertEqual(served.returncode, 0)
+
+    def test_sandbox_on_another_address_says_what_that_opens(self):
+        served = self.start("sandbox", "--port", "0", "--host", "127.0.0.2", "--quota", "1")
+        line = served.stdout.readline().decode()
+        if not line:
+            self.skipTest("this system has one loopback address")
+        variables = dict(
+            pair.split()[1].split("=") for pair in (line, served.stdout.readline().decode())
+        )
+        self.assertRegex(variables["CHIRROP_SERVICER_ENDPOINT"], r"^http://127\.0\.0\.2:\d+/v1\.0$")
+        self.assertIn(b"chp_", served.stderr.readline())
+        self.assertIn(b"other machines reach it", served.stderr.readline())
+        self.cli("log", "x", "1", **variables)
+        error = self.cli("log", "x", "1", status=1, **variables)[1]
+        self.assertEqual(error, "chirrop: HTTP 403: monthly log quota exceeded\n")
+        served.send_signal(2)
+        self.assertEqual(served.communicate(timeout=LONG), (b"", b""))
 
 
 class CommandLineStreamTest(CommandLineCase):
@@ -8202,6 +8246,15 @@ class HostileTest(TestCase):
                 client.list_events()
             shown = f"{caught.exception} {caught.exception.body!r}"
             self.assertNotIn("canary", shown.replace("\\/", "/"))
+
+    def test_the_key_is_masked_where_a_redirect_or_a_servers_name_quotes_it(self):
+        headers = {"Location": "https://h/chp_canary", "Server": "chp_canary"}
+        for status in (302, 502):
+            client = self.client((status, b"", headers), api_key="chp_canary", servicer_retries=0)
+            with self.assertRaises(ChirrOpError) as caught:
+                client.list_events()
+            self.assertIn("***", str(caught.exception))
+            self.assertNotIn("canary", str(caught.exception))
 
     def test_bytes_in_place_of_a_key_are_not_shown(self):
         try:
