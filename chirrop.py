@@ -16,8 +16,8 @@ Outside itself this file touches, each in the one place named:
     threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
               the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
-    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the proxy
-              variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read by themselves
+    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
+              proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
     exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 

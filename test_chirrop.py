@@ -225,13 +225,13 @@ class ErrorTest(TestCase):
 
     # Excerpts of what nginx 1.22.1 and squid 5.7 answered: status, Server, the page.
     PAGES = [
-        (502, "nginx/1.22.1", "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n"),
-        (504, "nginx/1.22.1", "<html>\r\n<head><title>504 Gateway Time-out</title></head>\r\n<body>"),
+        (502, "nginx/1.22.1", "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>"),
+        (504, "nginx/1.22.1", "<html>\r\n<head><title>504 Gateway Time-out</title></head>\r\n"),
         (413, "nginx/1.22.1", "<html>\r\n<head><title>413 Request Entity Too Large</title></head>"),
         (403, "nginx/1.22.1", "<html>\r\n<head><title>403 Forbidden</title></head>\r\n<body>\r\n"),
-        (503, "squid/5.7", '<!DOCTYPE html PUBLIC "-//W3C//DTD HTML 4.01//EN" "http://www.w3.org/TR/'
-         'html4/strict.dtd">\n<html><head>\n<meta type="copyright" content="Copyright (C) 1996-2021 '
-         'The Squid Software Foundation and contributors">\n<title>ERROR: The requested URL could not'),
+        (503, "squid/5.7", '<!DOCTYPE html PUBLIC "-//W3C//DTD HTML 4.01//EN" "http://www.w3.org/'
+         'TR/html4/strict.dtd">\n<html><head>\n<meta type="copyright" content="Copyright (C) 1996-'
+         '2021 The Squid Software Foundation">\n<title>ERROR: The requested URL could not be'),
     ]  # fmt: skip
 
     def test_of_a_proxys_page_the_status_and_the_servers_name_are_told(self):
@@ -611,8 +611,8 @@ class ConfigTest(TestCase):
             "batch_size": (0, 1.5, None), "flush_delay": (-1, float("inf"), "x"), "queue_size": (-1, None, 1.0),
             "log_level": (-1, "LOUD", 1.5, None), "on_exhausted": ("", "hold", None), "max_senders": (0, 65, None),
             "exit_timeout": (-1, float("nan")), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
-            "api_endpoint": ("", "ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
-            "servicer_endpoint": ("", "file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
+            "api_endpoint": ("ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
+            "servicer_endpoint": ("file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
         }  # fmt: skip
         for name, values in wrong.items():
             for value in values:
@@ -628,6 +628,14 @@ class ConfigTest(TestCase):
             new_client(Config(api_key=KEY), retries=1)
         with self.assertRaises(chirrop.ChirrOpValidationError):
             Client({"api_key": KEY})
+
+    def test_an_empty_endpoint_and_a_bare_prefix_are_refused_like_any_other_wrong_value(self):
+        os.environ["CHIRROP_API_ENDPOINT"] = os.environ["CHIRROP_SERVICER_ENDPOINT"] = "https://h/"
+        for name in ("api_endpoint", "servicer_endpoint"):
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, f"{name} must be an abs"):
+                Config(**{"api_key": KEY, name: ""})
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "nothing follows 'chp_'"):
+            Config(api_key=" chp_ ")
 
     def test_a_config_cannot_be_changed_and_shows_no_key(self):
         config = Config(api_key="chp_canary", on_drop=print)
@@ -649,7 +657,7 @@ class ConfigTest(TestCase):
     def test_a_key_of_another_form_is_refused_without_showing_it(self):
         for bad, text in (
             ("canary", "^Invalid API key: must start with 'chp_'$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
-            ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"), (" chp_ ", "nothing follows 'chp_'$"),
+            ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"),
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
                 Config(api_key=bad)
@@ -5009,7 +5017,7 @@ class ControlPlaneTest(TestCase):
         for call, path in (
             (lambda c: c.get_event_analytics("e", period="1d", previous="previous_7d"),
              "/events/e/analytics?view=window&period=1d&previous=previous_7d"),
-            (lambda c: c.get_event_analytics("e", view="window", period="1h", previous="previous_1d"),
+            (lambda c: c.get_event_analytics("e", view="window", previous="previous_1d"),
              "/events/e/analytics?view=window&period=1h&previous=previous_1d"),
             (lambda c: c.get_event_analytics("e"),
              "/events/e/analytics?view=window&period=1h&previous=previous_window"),
@@ -5098,7 +5106,8 @@ class ControlPlaneTest(TestCase):
             ("get_event_logs", ("e", "week")), ("get_event_logs", ("e", "hour", 0)), ("get_event_logs", ("e", "hour", 1, -1)),
             ("get_event_logs", ("e", "hour", True)), ("get_event_analytics", ("e", "chart", "1h", "previous_1d")),
             ("get_event_analytics", ("e", "window", "2h", "previous_1d")), ("get_event_analytics", ("e", "window", "1h", "previous_2d")),
-            ("list_alerts", ("open",)), ("get_alert_deliveries", ("a", "all")), ("get_alert_deliveries", ("a", 1, "5")),
+            ("list_alerts", ("open",)), ("get_alert_deliveries", ("a", "all")),
+            ("get_alert_deliveries", ("a", 1, "5")),
             ("create_policy", ({"period": "week"},)), ("create_policy", ({"aggregate": "median"},)), ("create_policy", ({"condition": ">"},)),
             ("update_policy", ("p", {"severity": "bad"})), ("create_destination", ({"channel": "fax"},)), ("update_destination", ("d", {"channel": None})),
             ("create_policy", ([],)), ("create_event", (None,)), ("create_event", ({"x": float("nan")},)), ("create_event", ({"x": object()},)),
@@ -5434,7 +5443,8 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"}, "os.environ": {"_checked_key", "_checked_endpoint", "Config", "_proxy_advice"},
+            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"},
+            "os.environ": {"_checked_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"}, "os.open": {"_lock_file", "SqliteSpool"},
             "logging.getLogger": {"_Reporter"}, "os.unlink": {"SqliteSpool"}, "os.replace": {"SqliteSpool"},
         }  # fmt: skip
@@ -6903,7 +6913,7 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
                 return answer.read()
 
     def post(self, headers, body=b"", path=b"/v1.0/logs"):
-        """Send a POST with these header lines and body as they are; return status and error text."""
+        """Send a POST with these header lines and this body; return status and error text."""
         head = b"POST %b HTTP/1.1\r\nAuthorization: Bearer chp_x\r\n%b\r\n" % (path, headers)
         answer = self.raw(head + body)
         status = int(answer.split(b" ", 2)[1])
@@ -7068,32 +7078,43 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
 
 
 # The tours that clients of other makes take through the API, as they were seen on the wire:
-# METHOD PATH [BODY] -> STATUS [SHAPE or CODE]. {event_id1} is the second event that an answer named;
-# <id> a new UUID, <now> the time in nine digits, <500> as many logs.
+# METHOD PATH [BODY] -> STATUS [SHAPE or CODE]. {event_id1} is the second event that an answer
+# named, <id> a new UUID, <now> the time in nine digits, <500> as many logs.
 SANDBOX_TOURS = {
     "go": """
-POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta": {"tool_name": "browser.open"}, "occurred_at": "0001-01-01T00:00:00Z"}] -> 200
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta":
+  {"tool_name": "browser.open"}, "occurred_at": "0001-01-01T00:00:00Z"}] -> 200
 GET /events -> 200 [Event]
-POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta": {"tool_name": "browser.open"}, "occurred_at": "<now>"}] -> 200
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta":
+  {"tool_name": "browser.open"}, "occurred_at": "<now>"}] -> 200
 GET /events -> 200 [Event]
 GET /events/{event_id} -> 200 Event
 PUT /events/{event_id} {"title": "OpenClaw Tool Errors"} -> 200 Event
 POST /events {"agent": "go.1.b", "event": "tool.errors.count"} -> 200 Event
 GET /events/{event_id}/analytics?period=1h&previous=previous_window&view=window -> 200 Analytics
 GET /events/{event_id}/logs?limit=25&period=hour -> 200 [Rollup]
-POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 5, "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "period": "hour",
+  "aggregate": "sum", "condition": "gt", "threshold": 5, "enabled": true} -> 200 Policy
 GET /policies -> 200 [Policy]
 GET /policies/{policy_id} -> 200 Policy
-PUT /policies/{policy_id} {"event_id": "", "title": "Updated", "condition": "", "threshold": 0, "enabled": false} -> 200 Policy
-PUT /policies/{policy_id} {"policy_id": "{policy_id}", "event_id": "{event_id}", "title": "Updated", "channel": "ops", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
-POST /destinations {"channel": "slack", "url": "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "enabled": true} -> 200 Destination
-POST /destinations {"channel": "telegram", "credentials": {"bot_token": "123456:telegram-bot-token", "chat_id": "987654321"}, "scope": "all", "enabled": true} -> 200 Destination
+PUT /policies/{policy_id} {"event_id": "", "title": "Updated", "condition": "", "threshold": 0,
+  "enabled": false} -> 200 Policy
+PUT /policies/{policy_id} {"policy_id": "{policy_id}", "event_id": "{event_id}", "title":
+  "Updated", "channel": "ops", "period": "hour", "aggregate": "sum", "condition": "gt",
+  "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "enabled": true} -> 200
+  Destination
+POST /destinations {"channel": "telegram", "credentials": {"bot_token":
+  "123456:telegram-bot-token", "chat_id": "987654321"}, "scope": "all", "enabled": true} -> 200
+  Destination
 GET /destinations -> 200 [Destination]
 GET /destinations/{destination_id} -> 200 Destination
 PUT /destinations/{destination_id} {"channel": "", "scope": "", "enabled": false} -> 200 Destination
 POST /destinations/{destination_id}/test -> 200 Test
 GET /alerts/{alert_id}/deliveries?kind=test&limit=20 -> 200 [Delivery]
-POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 10, "occurred_at": "<now>"}] -> 200
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 10,
+  "occurred_at": "<now>"}] -> 200
 GET /alerts?status=triggered -> 200 [Alert]
 GET /alerts/{alert_id1} -> 200 Alert
 GET /alerts/{alert_id1}/deliveries?kind=alert&limit=20 -> 200 [Delivery]
@@ -7107,30 +7128,50 @@ GET /events -> 200 [Event]
 GET /events/{event_id2}/logs?period=day -> 200 [Rollup]
 """,
     "javascript": """
-POST /logs [{"log_id": "<id>", "event": "tool.errors.count", "value": 1, "agent": "js.1", "meta": {"tool_name": "crm.lookup"}}, {"log_id": "<id>", "event": "tool.errors.count", "value": 2.5, "agent": "js.1", "occurred_at": "2026-03-04T09:39:06.948Z"}, {"log_id": "<id>", "event": "tool.errors.count", "value": 0, "agent": "js.1"}, {"log_id": "<id>", "event": "tool.errors.count", "value": -1, "agent": "js.1", "meta": [1]}, {"log_id": "<id>", "event": "tool.errors.count", "value": 1, "agent": "js.1", "occurred_at": "<now>"}] -> 200
+POST /logs [{"log_id": "<id>", "event": "tool.errors.count", "value": 1, "agent": "js.1", "meta":
+  {"tool_name": "crm.lookup"}}, {"log_id": "<id>", "event": "tool.errors.count", "value": 2.5,
+  "agent": "js.1", "occurred_at": "2026-03-04T09:39:06.948Z"}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": 0, "agent": "js.1"}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": -1, "agent": "js.1", "meta": [1]}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": 1, "agent": "js.1", "occurred_at": "<now>"}] -> 200
 GET /events -> 200 [Event]
 GET /events/{event_id} -> 200 Event
 PUT /events/{event_id} {"title": "T", "public": true} -> 200 Event
 GET /events/{event_id} -> 200 Event
 GET /events/{event_id} -> 200 Event
-PUT /events/{event_id} {"event_id": "{event_id}", "event": "tool.errors.count", "agent": "js.1", "title": "T", "description": "", "unit": "", "timezone": "UTC", "public": true, "share_token": "<id>", "user_id": "<id>", "created_at": "<now>"} -> 200 Event
-POST /events {"event": "task.duration_ms", "agent": "js.1", "description": "d", "unit": "ms", "timezone": "UTC", "public": true} -> 200 Event
+PUT /events/{event_id} {"event_id": "{event_id}", "event": "tool.errors.count", "agent": "js.1",
+  "title": "T", "description": "", "unit": "", "timezone": "UTC", "public": true, "share_token":
+  "<id>", "user_id": "<id>", "created_at": "<now>"} -> 200 Event
+POST /events {"event": "task.duration_ms", "agent": "js.1", "description": "d", "unit": "ms",
+  "timezone": "UTC", "public": true} -> 200 Event
 POST /events {"event": "tool.errors.count2.js.1"} -> 200 Event
 GET /events/{event_id}/logs?period=hour&limit=25&offset=0 -> 200 [Rollup]
 GET /events/{event_id}/logs -> 400 BAD_REQUEST
 GET /events/{event_id}/analytics?view=window&period=1h&previous=previous_window -> 200 Analytics
 GET /events/{event_id1}/analytics?view=window&period=1h&previous=previous_1d -> 200 Analytics
-POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors last hour", "channel": "ops", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 1, "severity": "warning", "enabled": true} -> 200 Policy
-POST /policies {"event_id": "{event_id}", "title": "x", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors last hour", "channel":
+  "ops", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 1, "severity":
+  "warning", "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "x", "period": "hour", "aggregate": "sum",
+  "condition": "gt", "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
 GET /policies -> 200 [Policy]
 GET /policies/{policy_id} -> 200 Policy
 PUT /policies/{policy_id} {"title": "Updated"} -> 200 Policy
-POST /destinations {"channel": "slack", "url": "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [], "enabled": true} -> 200 Destination
-POST /destinations {"channel": "telegram", "enabled": true, "scope": "all", "policy_ids": [], "credentials": {"bot_token": "1:x", "chat_id": "98"}} -> 200 Destination
-POST /destinations {"channel": "email", "enabled": true, "scope": "all", "policy_ids": []} -> 200 Destination
-POST /destinations {"channel": "email", "url": "ops@example.com", "enabled": true, "scope": "all", "policy_ids": []} -> 200 Destination
-POST /destinations {"channel": "discord", "url": "https://discord.com/api/webhooks/123456/webhook-token", "enabled": true, "scope": "all", "policy_ids": []} -> 200 Destination
-POST /destinations {"channel": "webhook", "url": "https://example.com/chirpier/alerts", "credentials": {"authorization": "Bearer x"}, "enabled": true, "scope": "all", "policy_ids": []} -> 200 Destination
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [],
+  "enabled": true} -> 200 Destination
+POST /destinations {"channel": "telegram", "enabled": true, "scope": "all", "policy_ids": [],
+  "credentials": {"bot_token": "1:x", "chat_id": "98"}} -> 200 Destination
+POST /destinations {"channel": "email", "enabled": true, "scope": "all", "policy_ids": []} -> 200
+  Destination
+POST /destinations {"channel": "email", "url": "ops@example.com", "enabled": true, "scope": "all",
+  "policy_ids": []} -> 200 Destination
+POST /destinations {"channel": "discord", "url":
+  "https://discord.com/api/webhooks/123456/webhook-token", "enabled": true, "scope": "all",
+  "policy_ids": []} -> 200 Destination
+POST /destinations {"channel": "webhook", "url": "https://example.com/chirpier/alerts",
+  "credentials": {"authorization": "Bearer x"}, "enabled": true, "scope": "all", "policy_ids": []}
+  -> 200 Destination
 GET /destinations -> 200 [Destination]
 GET /destinations/{destination_id} -> 200 Destination
 PUT /destinations/{destination_id} {"enabled": true} -> 200 Destination
@@ -7152,17 +7193,28 @@ POST /logs <500> -> 400 BAD_REQUEST
 GET /events -> 200 [Event]
 """,
     "python 0.1.0": """
-POST /logs [{"event": "task.duration_ms", "value": 420, "agent": "py.1", "log_id": "<id>", "meta": {"task_name": "email_triage"}}] -> 200
-POST /logs [{"event": "task.duration_ms", "value": 1530, "agent": "py.1", "log_id": "<id>", "occurred_at": "2026-03-04T08:39:29.014203Z"}, {"event": "task.duration_ms", "value": 1530, "agent": "py.1", "log_id": "<id>", "occurred_at": "2026-03-04T08:39:29.014256Z"}, {"event": "task.duration_ms", "value": 1, "agent": "py.1", "log_id": "<id>", "occurred_at": "2026-03-04T08:39:29+00:00"}, {"event": "task.duration_ms", "value": 1, "log_id": "<id>"}, {"event": "a.b", "value": 1, "log_id": "<id>"}, {"event": "a.c", "value": 1.5, "agent": "py.1", "log_id": "<id>", "meta": "text"}] -> 200
+POST /logs [{"event": "task.duration_ms", "value": 420, "agent": "py.1", "log_id": "<id>", "meta":
+  {"task_name": "email_triage"}}] -> 200
+POST /logs [{"event": "task.duration_ms", "value": 1530, "agent": "py.1", "log_id": "<id>",
+  "occurred_at": "2026-03-04T08:39:29.014203Z"}, {"event": "task.duration_ms", "value": 1530,
+  "agent": "py.1", "log_id": "<id>", "occurred_at": "2026-03-04T08:39:29.014256Z"}, {"event":
+  "task.duration_ms", "value": 1, "agent": "py.1", "log_id": "<id>", "occurred_at":
+  "2026-03-04T08:39:29+00:00"}, {"event": "task.duration_ms", "value": 1, "log_id": "<id>"},
+  {"event": "a.b", "value": 1, "log_id": "<id>"}, {"event": "a.c", "value": 1.5, "agent": "py.1",
+  "log_id": "<id>", "meta": "text"}] -> 200
 GET /events -> 200 [Event]
 GET /events/{event_id}/analytics?view=window&period=1h&previous=previous_window -> 200 Analytics
 POST /events {"event": "tool.errors.count"} -> 200 Event
 POST /events {"event": "tool.errors.count"} -> 422 UNPROCESSABLE
 PUT /events/{event_id} {"description": "OpenClaw Tool Errors"} -> 200 Event
-POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "condition": "gt", "threshold": 5, "period": "hour", "aggregate": "sum", "enabled": true} -> 200 Policy
-POST /policies {"event_id": "{event_id}", "title": "Policy", "condition": "gt", "threshold": 1} -> 400 BAD_REQUEST
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "condition":
+  "gt", "threshold": 5, "period": "hour", "aggregate": "sum", "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "Policy", "condition": "gt", "threshold": 1} ->
+  400 BAD_REQUEST
 PUT /policies/{policy_id} {"title": "Updated"} -> 200 Policy
-POST /destinations {"channel": "slack", "url": "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [], "enabled": true} -> 200 Destination
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [],
+  "enabled": true} -> 200 Destination
 POST /destinations {"channel": "slack", "scope": "all", "enabled": true} -> 400 BAD_REQUEST
 GET /destinations/{destination_id} -> 200 Destination
 PUT /destinations/{destination_id} {"enabled": true} -> 200 Destination
@@ -7252,7 +7304,7 @@ class SandboxTourTest(SandboxCase):
 
     def tour(self, client):
         always, with_body, without = SANDBOX_TOURISTS[client]
-        for line in SANDBOX_TOURS[client].strip().splitlines():
+        for line in SANDBOX_TOURS[client].replace("\n  ", " ").strip().splitlines():
             with self.subTest(line[:120]):
                 request, _, expected = line.rpartition(" -> ")
                 method, path, *rest = request.split(" ", 2)
@@ -7307,7 +7359,7 @@ class SandboxTourTest(SandboxCase):
 
 
 class SandboxAgainstSdkTest(SandboxCase):
-    """The sandbox's rules and the SDK's, which know nothing of each other, on the same random input."""
+    """The sandbox's rules and the SDK's, which know nothing of each other, on the same input."""
 
     LOGS = 40_000 if FULL else 4_000
     TEXTS = (
@@ -7328,7 +7380,7 @@ class SandboxAgainstSdkTest(SandboxCase):
     BIG = int(sys.float_info.max)
     NUMBERS = (0, -0.0, 1.5, -3, 2**63, 1e-320, 1e308, BIG, -BIG, BIG + 2**969, 10**300)
     NO_NUMBERS = (
-        None, True, "1", "", [], {}, 10**400, BIG + 2**970, float("nan"), float("inf"), -float("inf"),
+        None, True, "1", "", [], {}, 10**400, BIG + 2**970, float("nan"), float("inf"),
     )  # fmt: skip
 
     def moment(self, rng):
@@ -7341,8 +7393,8 @@ class SandboxAgainstSdkTest(SandboxCase):
         zone = timezone(timedelta(minutes=rng.choice((0, 0, 330, -765, 1439, -1439))))
         text = at.astimezone(zone).isoformat()
         for old, new in (
-            ("+00:00", "Z"), ("T", rng.choice("T t")), ("Z", rng.choice("Zz")), (".", rng.choice(".,")),
-            (":00+", "+"), (text[-3:], text[-2:]), (text[-6:], ""), ("Z", "123Z"), ("Z", ".Z"),
+            ("+00:00", "Z"), ("T", rng.choice("T t")), ("Z", rng.choice("Zz")),
+            (".", rng.choice(".,")), (":00+", "+"), (text[-3:], text[-2:]), (text[-6:], ""), ("Z", "123Z"), ("Z", ".Z"),
         ):  # fmt: skip
             text = text.replace(old, new) if rng.random() < 0.2 else text
         return text
@@ -7371,9 +7423,10 @@ class SandboxAgainstSdkTest(SandboxCase):
         unit = len(json.dumps(text, ensure_ascii=False).encode()) - 2
         size = (1022 + rng.choice((0, 0, -9, 1, unit))) // unit
         return rng.choice((
-            text * size, {"k": text * (size - 6)}, [text] * rng.randrange(500), nested(rng.randrange(1, 600)),
-            {str(n): n for n in range(rng.choice((0, 1, 9, 10, 11)))}, [{str(n): n for n in range(20)}],
-            None, True, 1.5, 10**400, "", "\ud800", float("nan"), [float("inf")], {"a": {"\udfff": 1}},
+            text * size, {"k": text * (size - 6)}, [text] * rng.randrange(500),
+            nested(rng.randrange(1, 600)), [{str(n): n for n in range(20)}],
+            {str(n): n for n in range(rng.choice((0, 1, 9, 10, 11)))}, {"a": {"\udfff": 1}},
+            None, True, 1.5, 10**400, "", "\ud800", float("nan"), [float("inf")],
         ))  # fmt: skip
 
     def random_log(self, rng):
@@ -7450,10 +7503,12 @@ class SandboxAgainstSdkTest(SandboxCase):
     def test_a_rule_broken_in_either_is_noticed(self):
         fits, kept = chirrop._sandbox_fits, chirrop._sandbox_log
         for target, name, broken in (
-            (chirrop, "MAX_META_BYTES", 1100), (chirrop, "MAX_META_KEYS", 11), (chirrop, "MAX_AGE_SECONDS", 31 * 86400.0),
+            (chirrop, "MAX_META_BYTES", 1100), (chirrop, "MAX_META_KEYS", 11),
+            (chirrop, "MAX_AGE_SECONDS", 31 * 86400.0),
             (chirrop, "MAX_AHEAD_SECONDS", 86399.0), (chirrop, "_number", lambda value: 1),
             (chirrop, "_trimmed", lambda name, value: str(value)), (chirrop, "_canonical_id", str),
-            (chirrop, "_encode_meta", json.dumps), (chirrop, "_sandbox_id", lambda name, text: text),
+            (chirrop, "_encode_meta", json.dumps),
+            (chirrop, "_sandbox_id", lambda name, text: text),
             (chirrop, "_sandbox_fits", lambda value, rule: value is True or fits(value, rule)),
             (chirrop, "_sandbox_time", lambda text: self.now),
             (chirrop, "_sandbox_log", lambda fields, now: kept({**fields, "meta": None}, now)),
@@ -7490,7 +7545,7 @@ class SandboxAgainstSdkTest(SandboxCase):
         return True
 
     def word_differences(self):
-        """Yield each word that a client lets pass and the sandbox does not, or the other way round."""
+        """Yield each word that a client lets pass and the sandbox does not, or the reverse."""
         tables = [value for name, value in vars(chirrop).items() if re.fullmatch("_[A-Z_]+S", name)]
         fields = [rule for kind in chirrop._SANDBOX_FIELDS.values() for rule, _ in kind.values()]
         words = [w for table in tables + fields if type(table) is tuple for w in table]
@@ -7517,11 +7572,12 @@ class SandboxAgainstSdkTest(SandboxCase):
 
     def test_a_word_that_one_does_not_know_is_noticed(self):
         fields = chirrop._SANDBOX_FIELDS["policies"]
+        others = {**fields, "condition": (("gt", "ne"), ...)}
         for target, name, broken in (
             (chirrop, "_POLICY_RULES", {**chirrop._POLICY_RULES, "severity": ("info", "bad")}),
             (chirrop, "_ANALYTICS_PAIRS", {**chirrop._ANALYTICS_PAIRS, "1m": chirrop._PREVIOUS}),
             (chirrop, "_SANDBOX_STATUSES", (*chirrop._SANDBOX_STATUSES, "new")),
-            (chirrop, "_SANDBOX_FIELDS", {**chirrop._SANDBOX_FIELDS, "policies": {**fields, "condition": (("gt", "ne"), ...)}}),
+            (chirrop, "_SANDBOX_FIELDS", {**chirrop._SANDBOX_FIELDS, "policies": others}),
         ):  # fmt: skip
             with self.subTest(name), mock.patch.object(target, name, broken):
                 self.sandbox.reset()
@@ -7623,7 +7679,8 @@ class CommandLineTest(CommandLineCase):
             (), ("nope",), ("log",), ("log", "x"), ("log", "x", "abc"), ("log", "x", "nan"), ("log", " ", "1"),
             ("log", "x", "1", "--meta", "{"), ("log", "x", "1", "--log-id", "7"), ("log", "-", "1"),
             ("log", "x", "1", "--occurred-at", "soon"), ("log", "-", "--agent", "a"), ("rollups",),
-            ("rollups", "x", "--period", "year"), ("rollups", "x", "--limit", "0"), ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
+            ("rollups", "x", "--period", "year"), ("rollups", "x", "--limit", "0"),
+            ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
@@ -7724,7 +7781,8 @@ class CommandLineTest(CommandLineCase):
         for handler in (newest_first, oldest_first):
             with mock.patch.dict(handlers, GET=handler):
                 for arguments, shown in (
-                    ((), 100), (("--limit", "1"), 1), (("--limit", "120"), 120), (("--limit", "500"), 130), (("--all",), 130),
+                    ((), 100), (("--limit", "1"), 1), (("--limit", "120"), 120),
+                    (("--limit", "500"), 130), (("--all",), 130),
                 ):  # fmt: skip
                     with self.subTest(handler.__name__, arguments=arguments):
                         command = "rollups", "a.b", "--period", "minute", *arguments
