@@ -7394,7 +7394,8 @@ class SandboxAgainstSdkTest(SandboxCase):
         text = at.astimezone(zone).isoformat()
         for old, new in (
             ("+00:00", "Z"), ("T", rng.choice("T t")), ("Z", rng.choice("Zz")),
-            (".", rng.choice(".,")), (":00+", "+"), (text[-3:], text[-2:]), (text[-6:], ""), ("Z", "123Z"), ("Z", ".Z"),
+            (".", rng.choice(".,")), (":00+", "+"), (text[-3:], text[-2:]),
+            (text[-6:], ""), ("Z", "123Z"), ("Z", ".Z"),
         ):  # fmt: skip
             text = text.replace(old, new) if rng.random() < 0.2 else text
         return text
