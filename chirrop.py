@@ -16,8 +16,8 @@ Outside itself this file touches, each in the one place named:
     threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
               the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
-    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; what urllib (proxies) and
-              OpenSSL (CA files, SSLKEYLOGFILE) read by themselves
+    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
+              proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
     exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 
@@ -71,9 +71,8 @@ MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
 MAX_ANSWER_BYTES = (
     16 * 1024 * 1024
 )  # far above any real answer; keeps a wrong host from filling memory
-MAX_ERROR_BYTES = (
-    65536  # of an answer other than 2xx: what is parsed for its message and kept in an error
-)
+MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is searched for its message
+MAX_KEPT_BYTES = 4096  # of that answer: what an error keeps, which may be held for as long as it
 MAX_WAITING = 8  # batches that wait for another attempt before no further ones are begun
 MAX_UNTOLD = 1000  # drops kept for an on_drop that is slow; it is not called for more
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
@@ -132,13 +131,13 @@ if TYPE_CHECKING:
     class Event(TypedDict):
         event_id: str
         event: str
-        agent: str
+        agent: Optional[str]
         title: str
         description: str
         unit: str
-        timezone: str
+        timezone: Optional[str]
         public: bool
-        share_token: Optional[str]
+        share_token: str
         user_id: str
         created_at: str
 
@@ -161,14 +160,14 @@ if TYPE_CHECKING:
         previous_count: int
         value_delta: float
         count_delta: int
-        value_pct_change: Optional[float]
-        count_pct_change: Optional[float]
-        current_mean: Optional[float]
-        previous_mean: Optional[float]
-        mean_delta: Optional[float]
-        mean_pct_change: Optional[float]
-        current_stddev: Optional[float]
-        previous_stddev: Optional[float]
+        value_pct_change: float
+        count_pct_change: float
+        current_mean: float
+        previous_mean: float
+        mean_delta: float
+        mean_pct_change: float
+        current_stddev: float
+        previous_stddev: float
 
     class Analytics(TypedDict):
         event_id: str
@@ -227,7 +226,7 @@ if TYPE_CHECKING:
         destination_id: str
         channel: Channel
         url: str
-        credentials: dict[str, Any]
+        credentials: Optional[dict[str, Any]]
         scope: str
         policy_ids: list[str]
         enabled: bool
@@ -265,7 +264,9 @@ class ChirrOpError(Exception):
 
     Attributes:
         status_code: HTTP status, 0 when there was no answer.
-        body: the answer's parsed JSON, its text where it is not JSON, or None.
+        code: the service's own code, for programs, e.g. "QUOTA_EXCEEDED"; None where it gave none.
+        body: the answer's parsed JSON; the beginning of its text, at most 4 KiB, where that is
+            longer or not JSON; None for an empty answer.
         retry_after: seconds the server asked to wait, or None.
     """
 
@@ -274,11 +275,13 @@ class ChirrOpError(Exception):
         message: str = "",
         *,
         status_code: int = 0,
+        code: str | None = None,
         body: Any = None,
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
+        self.code = code
         self.body = body
         self.retry_after = retry_after
 
@@ -473,8 +476,13 @@ def _canonical_id(log_id: object) -> str:
 
     if isinstance(log_id, str):
         log_id = str.strip(log_id)
+    if log_id == "":
+        return ""
     try:
-        return str(uuid.UUID(str(log_id))) if log_id != "" else ""
+        made = uuid.UUID(str(log_id))
+        if made.hex not in str(log_id).lower().replace("-", ""):  # int() takes "_", "+" and "١"
+            raise ValueError("not 32 hexadecimal digits")
+        return str(made)
     except Exception as exc:
         raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
 
@@ -488,7 +496,7 @@ def _parse_time(value: object) -> datetime:
 
             match = re.fullmatch(
                 r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?(?:[.,]([0-9]+))?"
-                r"(?:[Zz]|([+-][0-9]{2}):?([0-9]{2}(?::[0-9]{2}(?:\.[0-9]{6})?)?))?",
+                r"(?:[Zz]|([+-][0-9]{2}):?([0-5][0-9](?::[0-5][0-9](?:\.[0-9]{6})?)?))?",
                 value.strip(),
             )
             if match is None:
@@ -734,6 +742,8 @@ def _checked_key(api_key: object) -> _Secret:
         raise ChirrOpValidationError("API key is required")
     if not key.startswith("chp_"):
         raise ChirrOpValidationError("Invalid API key: must start with 'chp_'")
+    if key == "chp_":
+        raise ChirrOpValidationError("Invalid API key: nothing follows 'chp_'")
     if not all("!" <= c <= "~" for c in key):
         raise ChirrOpValidationError("Invalid API key: must be printable ASCII without spaces")
     return key
@@ -741,7 +751,7 @@ def _checked_key(api_key: object) -> _Secret:
 
 def _checked_endpoint(name: str, value: str | None, variable: str, default: str) -> str:
     """Return an absolute http(s) URL without user info, query or fragment, and without a final slash."""
-    url = value or os.environ.get(variable) or default
+    url = os.environ.get(variable) or default if value is None else value
     if url == default:
         return url
     import urllib.parse
@@ -1793,28 +1803,72 @@ class _Answer:
     def error(self) -> ChirrOpError:
         """Return the exception that stands for an answer other than 2xx."""
         if self.status == 0:
-            cause = self.cause
-            detail = str(cause) or type(cause).__name__
-            failure = ChirrOpTransportError(f"no answer: {detail}")
-            failure.__cause__ = cause
+            failure = ChirrOpTransportError(f"no answer: {self._no_answer()}")
+            failure.__cause__ = self.cause
             return failure
-        text = self.body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
-        body: Any = text or None
+        content = self.body[:MAX_ERROR_BYTES]
+        text = content.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+        parsed: Any = None
         try:
-            body = json.loads(self.body) if self.body else None
+            parsed = json.loads(text)
         except (ValueError, RecursionError):
             pass
-        message = body.get("error") or body.get("message") if isinstance(body, dict) else None
-        if 300 <= self.status < 400:
-            message = "redirects are not followed; check the endpoint"
-        if not isinstance(message, str):
-            import http.client
+        texts, code = _spoken(parsed)
+        kept = parsed if len(content) <= MAX_KEPT_BYTES else None
+        return _error_class(self.status)(
+            f"HTTP {self.status}: {_one_line(self._telling(texts or [text[:200]]))}",
+            status_code=self.status,
+            code=code,
+            body=kept if kept is not None else text[:MAX_KEPT_BYTES] or None,
+            retry_after=self.retry_after(),
+        )
 
-            message = text[:200] or http.client.responses.get(self.status, "no message").lower()
-        # It goes into logs, terminals and the spool: no line breaks, no escape sequences, not a book.
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])
-        kind, text = _error_class(self.status), f"HTTP {self.status}: {message}"
-        return kind(text, status_code=self.status, body=body, retry_after=self.retry_after())
+    def _no_answer(self) -> str:
+        detail = _one_line(str(self.cause) or type(self.cause).__name__)
+        refused = "Tunnel connection failed: 407" in detail
+        return f"{detail}; {_proxy_advice('https')}" if refused else detail
+
+    def _telling(self, texts: list[str]) -> str:
+        """Return the first text that says more than the status does; markup is not for people."""
+        import http.client
+
+        fields = {name.lower(): value for name, value in self.headers.items()}
+        if 300 <= self.status < 400:
+            place = fields.get("location", "").partition("?")[0]
+            there = f", this one leads to {place}" if place else ""
+            return f"redirects are not followed{there}; check the endpoint"
+        if self.status == 407:
+            return _proxy_advice("http")
+        phrase = http.client.responses.get(self.status, "no message").lower()
+        for text in texts:
+            if text and text.lower() != phrase and not text.startswith("<"):
+                return text
+        return f"{phrase} (from {fields['server']})" if "server" in fields else phrase
+
+
+def _spoken(parsed: Any) -> tuple[list[str], str | None]:
+    """Return the texts of an error's JSON, the more telling first, and the service's code."""
+    outer = parsed if isinstance(parsed, dict) else {}
+    error = outer.get("error")
+    inner = error if isinstance(error, dict) else {}
+    code = inner.get("code") or outer.get("code")
+    texts = [inner.get("message"), outer.get("message"), error, code]
+    return (
+        [text.strip() for text in texts if isinstance(text, str) and text.strip()],
+        _one_line(code) if isinstance(code, str) else None,
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return text fit for logs, terminals and the spool: short, without control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:500])
+
+
+def _proxy_advice(scheme: str) -> str:
+    """Return what to do about a 407, and in which variable: where urllib found the proxy."""
+    names = [name for name in os.environ if name.lower() == f"{scheme}_proxy"]
+    source = max(names, default="the system's settings")  # the one in lower case wins
+    return f"the proxy wants a password: give it as http://user:password@host:port in {source}"
 
 
 # ---- Outbox ---------------------------------------------------------------
@@ -3170,6 +3224,9 @@ class _Link:
             raise _without_key(exc, "") from None
         if not 200 <= status < 300:
             content = _masked(bytes(content), self._key)
+            for name, value in fields.items():
+                masked = _masked(value.encode("utf-8", "replace"), self._key)
+                fields[name] = masked.decode("utf-8", "replace")
         return _Answer(status, bytes(content), fields)
 
     def after_fork(self) -> None:
@@ -3625,7 +3682,11 @@ class Client:
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
     def get_event_analytics(
-        self, event_id: str, view: View, period: Window, previous: Previous
+        self,
+        event_id: str,
+        view: View = "window",
+        period: Window = "1h",
+        previous: Previous = "previous_window",
     ) -> Analytics:
         """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
 
@@ -3705,9 +3766,10 @@ class Client:
     def get_alert_deliveries(
         self,
         alert_id: str,
-        kind: DeliveryKind | None = None,
         limit: int | None = None,
         offset: int | None = None,
+        *,
+        kind: DeliveryKind | None = None,
     ) -> list[Delivery]:
         """Return the attempts to deliver an alert to its destinations.
 
@@ -3715,9 +3777,9 @@ class Client:
 
         Args:
             alert_id: which alert, or the alert_id that test_destination returned.
-            kind: "alert", "test" or "all"; None is real alerts.
             limit: deliveries at most, from 1.
             offset: deliveries to skip, from 0.
+            kind: "alert", "test" or "all"; None is real alerts.
         """
         query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
         query.update(_page(limit, offset))
@@ -3730,7 +3792,9 @@ class Client:
 
         GET /v1.0/alerts/{alert_id}/deliveries
         """
-        return _pages(lambda offset: self.get_alert_deliveries(alert_id, kind, page_size, offset))
+        return _pages(
+            lambda offset: self.get_alert_deliveries(alert_id, page_size, offset, kind=kind)
+        )
 
     def acknowledge_alert(self, alert_id: str) -> Alert:
         """Mark an alert as seen and return it.
@@ -3957,14 +4021,17 @@ initialize, log_event, flush, stop = (
 
 # ---- Sandbox --------------------------------------------------------------
 # In: requests, as any transport takes them. Out: the answers ChirrOp would give.
-# Starts no thread and opens no socket (the server of _serve_sandbox does); one
-# lock guards all state, and no scripted delay is waited for under it.
+# Its rules are written from the service's contract and use none of the SDK's checks, numbers or
+# vocabularies, so that each can contradict the other. Starts no thread and opens no socket (the
+# server of _serve_sandbox does); one lock guards all state, and no scripted delay is waited for
+# under it.
 
 if TYPE_CHECKING:
     _Row = dict[str, Any]
     _Reply = tuple[int, bytes, dict[str, str]]
 
 _SANDBOX_BODY_BYTES = 16 << 20  # the served sandbox answers 413 above this
+_SANDBOX_HOSTS = ("127.0.0.1", "localhost", "::1")  # of this machine alone
 _SANDBOX_USER = "00000000-0000-4000-8000-000000000001"
 _SANDBOX_IDS = {
     "events": "event_id",
@@ -3972,10 +4039,17 @@ _SANDBOX_IDS = {
     "alerts": "alert_id",
     "destinations": "destination_id",
 }
-# What a client may set: name -> (type or vocabulary, default); None: required.
+_SANDBOX_CODES = {
+    400: "BAD_REQUEST", 401: "INVALID_TOKEN", 403: "FORBIDDEN", 404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED", 413: "PAYLOAD_TOO_LARGE", 415: "UNSUPPORTED_MEDIA_TYPE",
+    422: "UNPROCESSABLE", 429: "RATE_LIMITED", 503: "OVERLOADED",
+}  # fmt: skip
+_SANDBOX_PERIODS = ("minute", "hour", "day")
+_SANDBOX_STATUSES = ("triggered", "acknowledged", "resolved", "archived")  # the order of a life
+# What a client may set: name -> (type or vocabulary, default); ...: required.
 _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     "events": {
-        "event": (str, None),
+        "event": (str, ...),
         "agent": (str, ""),
         "title": (str, ""),
         "description": (str, ""),
@@ -3984,23 +4058,23 @@ _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "public": (bool, False),
     },
     "policies": {
-        "event_id": (str, None),
+        "event_id": (str, ...),
         "title": (str, ""),
         "description": (str, ""),
         "channel": (str, "ops"),
-        "period": (_PERIODS, None),
-        "aggregate": (_AGGREGATES, None),
-        "condition": (_CONDITIONS, None),
-        "threshold": (float, None),
-        "severity": (_SEVERITIES, "warning"),
+        "period": (_SANDBOX_PERIODS, ...),
+        "aggregate": (("sum", "count", "average", "min", "max", "p95_est", "p99_est"), ...),
+        "condition": (("gt", "lt", "eq", "gte", "lte"), ...),
+        "threshold": (float, ...),
+        "severity": (("info", "warning", "error", "critical"), "warning"),
         "enabled": (bool, True),
     },
     "destinations": {
-        "channel": (_CHANNELS, None),
+        "channel": (("slack", "discord", "telegram", "email", "webhook"), ...),
         "url": (str, ""),
-        "credentials": (dict, {}),
+        "credentials": (dict, None),
         "scope": (str, "all"),
-        "policy_ids": (list, []),
+        "policy_ids": (list, ()),
         "enabled": (bool, True),
     },
 }
@@ -4026,46 +4100,108 @@ _SANDBOX_CONDITIONS = {
     "gte": float.__ge__,
     "lte": float.__le__,
 }
+_SANDBOX_NEVER = "0001-01-01T00:00:00Z"  # what Go's zero time looks like: no time was given
+_sandbox_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class _SandboxRefusal(Exception):
-    """An answer that is not 2xx: the text of its error, and its status."""
+    """An answer other than 2xx: its text, its status, and its code where that is a special one."""
 
 
-def _sandbox_need(good: object, text: str, status: int = 400) -> None:
+def _sandbox_need(good: object, text: str, status: int = 400, code: str = "") -> None:
     if not good:
-        raise _SandboxRefusal(text, status)
+        raise _SandboxRefusal(text, status, code)
+
+
+def _sandbox_error(text: str, status: int, code: str = "") -> _Reply:
+    code = code or _SANDBOX_CODES.get(status, "INTERNAL_ERROR")
+    return _sandbox_answer(status, {"error": {"code": code, "message": text}})
 
 
 def _sandbox_answer(status: int, content: Any) -> _Reply:
     """Return an answer whose body is text or bytes as they are, or else JSON."""
     if isinstance(content, (str, bytes)):
         return status, content.encode() if isinstance(content, str) else content, {}
-    return status, _encode_json("answer", content), {"Content-Type": "application/json"}
+    return status, _sandbox_text(content).encode(), {"Content-Type": "application/json"}
 
 
 def _sandbox_json(body: bytes | None) -> tuple[Any, str]:
     """Return the parsed body and, where it is not strict JSON, the reason."""
     try:
-        parsed = json.loads(body) if body else None
-        _encode_json("body", parsed)  # json.loads() takes NaN and lone surrogates
+        parsed = json.loads(body.decode()) if body else None
+        _sandbox_text(parsed).encode()  # json.loads() takes NaN and lone surrogates
         return parsed, ""
     except (ValueError, RecursionError) as exc:
         return None, f"body is not valid JSON: {exc}"
 
 
 def _sandbox_copy(value: Any) -> Any:
-    return json.loads(_encode_json("value", value))
+    return json.loads(_sandbox_text(value))
 
 
-def _sandbox_id(text: str | None = None) -> str:
-    """Return `text` as a canonical UUID, or a new one."""
+def _sandbox_id(name: str, text: str) -> str:
+    """Return a UUID in its canonical form; no other form will do."""
+    import re
+
+    form = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+    _sandbox_need(re.fullmatch(form, text.lower()), f"{name} must be a UUID, got {text!r:.80}")
+    return text.lower()
+
+
+def _sandbox_new_id() -> str:
     import uuid
 
+    return str(uuid.uuid4())
+
+
+def _sandbox_time(text: str) -> datetime:
+    """Return the moment that ISO 8601 text names, to the microsecond; without an offset in UTC."""
+    import re
+
+    parts = re.fullmatch(
+        r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?([.,][0-9]+)?"
+        r"([Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))?",
+        text.strip(),
+    )
     try:
-        return str(uuid.uuid4() if text is None else uuid.UUID(text))
-    except ValueError as exc:
-        raise _SandboxRefusal(f"id must be a UUID, got {text!r:.80}", 400) from exc
+        if parts is None:
+            raise ValueError("another form")
+        day, minute, second, fraction, _, sign, hours, minutes = parts.groups()
+        at = datetime.fromisoformat(f"{day}T{minute}{second or ':00'}").replace(
+            microsecond=int(f"{(fraction or '.')[1:]:0<6.6}"), tzinfo=timezone.utc
+        )
+        ahead = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+        return at + ahead if sign == "-" else at - ahead
+    except (ValueError, OverflowError) as exc:
+        text = f"occurred_at must be an ISO 8601 date and time, got {text!r:.80}"
+        raise _SandboxRefusal(text, 400) from exc
+
+
+def _sandbox_log(fields: Any, now: datetime) -> _Row:
+    """Return a log as it is kept: a rule a line, each from the contract."""
+    _sandbox_need(isinstance(fields, dict), "must be an object")
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in ("event", "agent", "log_id", "occurred_at"):
+        _sandbox_need(isinstance(given.get(name, ""), str), f"{name} must be a string")
+    event, agent, log_id = (given.get(name, "").strip() for name in ("event", "agent", "log_id"))
+    _sandbox_need(event, "event is required")
+    _sandbox_need("value" in given, "value is required")
+    _sandbox_need(_sandbox_fits(given["value"], float), "value must be a finite number")
+    time_given = given.get("occurred_at", _SANDBOX_NEVER)
+    at = now if time_given == _SANDBOX_NEVER else _sandbox_time(time_given)
+    text = f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {time_given}"
+    _sandbox_need(now - timedelta(days=30) <= at <= now + timedelta(days=1), text)
+    log_id = _sandbox_id("log_id", log_id) if log_id else _sandbox_new_id()
+    log = {"log_id": log_id, "event": event, "value": given["value"], "occurred_at": _iso(at)}
+    if agent:
+        log["agent"] = agent
+    if "meta" in given:
+        log["meta"] = meta = given["meta"]
+        few = not isinstance(meta, dict) or len(meta) <= 10
+        _sandbox_need(few, "meta must have at most 10 top-level keys")
+        small = len(_sandbox_text(meta).encode()) <= 1024
+        _sandbox_need(small, "meta must encode to at most 1024 bytes")
+    return log
 
 
 def _sandbox_zone(name: str) -> Any:
@@ -4081,7 +4217,9 @@ def _sandbox_zone(name: str) -> Any:
 
 def _sandbox_choice(query: _Row, name: str, choices: tuple[str, ...], default: str = "") -> str:
     value = str(query.get(name, default))
-    _sandbox_need(value in choices, f"{name} must be one of {', '.join(choices)}")
+    _sandbox_need(
+        value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r:.80}"
+    )
     return value
 
 
@@ -4099,21 +4237,27 @@ def _sandbox_fits(value: Any, rule: Any) -> bool:
     if isinstance(rule, tuple):
         return value in rule
     if rule is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        try:
+            return type(value) in (int, float) and math.isfinite(value)
+        except OverflowError:  # an integer beyond the range of floats
+            return False
     return isinstance(value, rule)
 
 
 def _sandbox_fields(kind: str, given: Any, record: _Row) -> _Row:
-    """Return what a client may set: as given, else as it is, else the default."""
+    """Return what a client may set: as given, else as it is, else the default.
+
+    Go's clients send "" for what was never set: where only certain texts make sense, it means that.
+    """
     _sandbox_need(isinstance(given, dict), "body must be a JSON object")
     fields = {}
     for name, (rule, default) in _SANDBOX_FIELDS[kind].items():
         value = given.get(name)
-        if value is None:
-            value = record.get(name, _sandbox_copy(default))
-        _sandbox_need(value is not None, f"{name} is required")
+        if value is None or (value == "" and default != ""):
+            value = record.get(name, default)
+        _sandbox_need(value is not ..., f"{name} is required")
         words = _SANDBOX_TYPES.get(rule) or f"one of {', '.join(rule)}"
-        _sandbox_need(_sandbox_fits(value, rule), f"{name} must be {words}")
+        _sandbox_need(value is default or _sandbox_fits(value, rule), f"{name} must be {words}")
         fields[name] = value
     return fields
 
@@ -4148,6 +4292,7 @@ def _sandbox_aggregates(bucket: _Row) -> _Row:
         **bucket,
         "sum": bucket["value"],
         "average": mean,
+        "mean": mean,
         "stddev": stddev,
         "p95_est": mean + 1.645 * stddev,
         "p99_est": mean + 2.326 * stddev,
@@ -4155,21 +4300,17 @@ def _sandbox_aggregates(bucket: _Row) -> _Row:
 
 
 def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
-    """Return the `data` of analytics; an empty window has no mean and no stddev."""
+    """Return the `data` of analytics: all are numbers, 0 where there is nothing to divide by."""
     data: _Row = {}
     for when in ("current", "previous"):
         seen = _sandbox_aggregates(windows[when]) if when in windows else {}
-        data[f"{when}_value"] = seen.get("value", 0)
-        data[f"{when}_count"] = seen.get("count", 0)
-        data[f"{when}_mean"] = seen.get("average")
-        data[f"{when}_stddev"] = seen.get("stddev")
+        for name in ("value", "count", "mean", "stddev"):
+            data[f"{when}_{name}"] = seen.get(name, 0)
     for name in ("value", "count", "mean"):
-        now, before = data[f"current_{name}"], data[f"previous_{name}"]
-        known = None not in (now, before)
-        data[f"{name}_delta"] = _sandbox_finite(now - before) if known else None
-        data[f"{name}_pct_change"] = (
-            _sandbox_finite((now - before) / abs(before) * 100) if known and before else None
-        )
+        before = data[f"previous_{name}"]
+        delta = _sandbox_finite(data[f"current_{name}"] - before)
+        data[f"{name}_delta"] = delta
+        data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100) if before else 0
     return data
 
 
@@ -4179,12 +4320,15 @@ class Sandbox:
         sandbox = Sandbox()
         client = new_client(api_key="chp_sandbox", transport=sandbox)
 
-    It refuses what ChirrOp refuses. Policies are evaluated at each request that
-    brings logs; deliveries are recorded, never sent; lists come oldest first.
+    It refuses what ChirrOp refuses, in ChirrOp's words. Policies are evaluated at each
+    request that brings logs. Nothing is ever sent to a destination: a delivery is recorded,
+    and says so in its `error_message`. Rollups come newest first, other lists oldest first.
     Thread-safe, and what it hands out are copies.
 
     Args:
         key: the only API key accepted; None: any that starts with "chp_".
+        quota: logs it takes before it answers 403 QUOTA_EXCEEDED; None: no limit. The
+            attribute of this name may be changed at any time.
         clock: returns the time, in seconds since the epoch.
         sleep: waits out a scripted delay, in seconds.
     """
@@ -4193,10 +4337,12 @@ class Sandbox:
         self,
         *,
         key: str | None = None,
+        quota: int | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._key, self._clock, self._sleep = key, clock, sleep
+        self.quota = quota
         self._lock = threading.RLock()  # guards all that reset() makes
         self.reset()
 
@@ -4255,9 +4401,9 @@ class Sandbox:
             status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
-            if body is None:
-                body = {"error": f"scripted {status}"} if status >= 400 else b""
-            answer = _sandbox_answer(status, body)
+            answer = _sandbox_answer(status, b"" if body is None else body)
+            if body is None and status >= 400:
+                answer = _sandbox_error(f"scripted {status}", status)
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
@@ -4296,7 +4442,7 @@ class Sandbox:
             raise ConnectionResetError("connection dropped, as scripted")
         with self._lock:
             request["status"] = status
-        return status, content, dict(extra)
+        return status, b"" if method == "HEAD" else content, dict(extra)
 
     def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
         """Record a request; return the record, what is wrong with its body, its fault."""
@@ -4324,14 +4470,16 @@ class Sandbox:
     def _answer(self, request: _Row, problem: str, headers: Mapping[str, str]) -> _Reply:
         given = {name.lower(): value for name, value in headers.items()}
         scheme, _, key = given.get("authorization", "").partition(" ")
-        valid = scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key)
+        valid = scheme.lower() == "bearer" and key.startswith("chp_") and key != "chp_"
+        coding = given.get("content-encoding", "identity")
         try:
-            _sandbox_need(valid, "invalid API key", 401)
+            _sandbox_need(valid and self._key in (None, key), "invalid API key", 401)
+            text = f"a body must be plain JSON, without Content-Encoding {coding!r:.80}"
+            _sandbox_need(coding.lower() == "identity", text, 415)
             with self._lock:
                 return _sandbox_answer(200, self._route(request, problem))
         except _SandboxRefusal as exc:
-            text, status = exc.args
-            return _sandbox_answer(status, {"error": text})
+            return _sandbox_error(*exc.args)
 
     def _route(self, request: _Row, problem: str) -> Any:
         """Return what the handler of the request in _ROUTES returns."""
@@ -4340,12 +4488,13 @@ class Sandbox:
         path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
         shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
         methods = self._ROUTES.get(shape, {})
+        method = "GET" if request["method"] == "HEAD" else request["method"]
         _sandbox_need(methods, "no such route", 404)
-        _sandbox_need(request["method"] in methods, "method not allowed", 405)
+        _sandbox_need(method in methods, "method not allowed", 405)
         _sandbox_need(not problem, problem)
         if len(path) > 1:
-            path[1] = _sandbox_id(path[1])
-        return methods[request["method"]](self, path, request["query"], request["body"])
+            path[1] = _sandbox_id("id", path[1])
+        return methods[method](self, path, request["query"], request["body"])
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), timezone.utc)
@@ -4354,27 +4503,29 @@ class Sandbox:
 
     def _ingest(self, path: list[str], query: _Row, body: Any) -> bytes:
         _sandbox_need(isinstance(body, list), "body must be a JSON array of logs")
-        _sandbox_need(
-            0 < len(body) <= MAX_BATCH,
-            f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}",
-        )
-        fresh: dict[str, set[datetime]] = {}
+        text = f"a request must hold 1 to 250 logs, got {len(body)}"
+        _sandbox_need(0 < len(body) <= 250, text)
+        fresh: dict[str, _Row] = {}
         for log in [self._check(index, fields) for index, fields in enumerate(body)]:
             if log["log_id"] not in self._logs:
-                self._logs[log["log_id"]] = log
-                event_id, at = self._take(log)
-                fresh.setdefault(event_id, set()).add(at)
+                fresh.setdefault(log["log_id"], log)
+        room = self.quota is None or len(self._logs) + len(fresh) <= self.quota
+        _sandbox_need(room, "monthly log quota exceeded", 403, "QUOTA_EXCEEDED")
+        self._logs.update(fresh)
+        times: dict[str, set[datetime]] = {}
+        for log in fresh.values():
+            event_id, at = self._take(log)
+            times.setdefault(event_id, set()).add(at)
         for policy in self._stores["policies"].values():
-            if policy["enabled"] and policy["event_id"] in fresh:
-                self._judge(policy, fresh[policy["event_id"]])
+            if policy["enabled"] and policy["event_id"] in times:
+                self._judge(policy, times[policy["event_id"]])
         return b""
 
     def _check(self, index: int, fields: Any) -> _Row:
-        _sandbox_need(isinstance(fields, dict), f"log {index}: must be an object")
         try:
-            log: _Row = json.loads(_encode_log(self._clock(), *map(fields.get, _LOG_FIELDS)))
-        except ChirrOpValidationError as exc:
-            raise _SandboxRefusal(f"log {index}: {exc}", 400) from exc
+            log = _sandbox_log(fields, self._now())
+        except _SandboxRefusal as exc:
+            raise _SandboxRefusal(f"log {index}: {exc.args[0]}", *exc.args[1:]) from exc
         poison = any(predicate(_sandbox_copy(log)) for predicate in self._poison)
         _sandbox_need(not poison, f"log {index}: log_id {log['log_id']} was rejected")
         return log
@@ -4384,7 +4535,7 @@ class Sandbox:
         name = {"agent": log.get("agent", ""), "event": log["event"]}
         event = self._named.get((name["agent"], name["event"]))
         event = event or self._save(["events"], {}, name)
-        at = _parse_time(log["occurred_at"])
+        at = _sandbox_time(log["occurred_at"])
         self._points.setdefault(event["event_id"], []).append((at, float(log["value"])))
         return event["event_id"], at
 
@@ -4409,7 +4560,7 @@ class Sandbox:
 
     def _alert(self, policy: _Row, event: _Row, seen: _Row) -> None:
         alert = {
-            "alert_id": _sandbox_id(),
+            "alert_id": _sandbox_new_id(),
             **policy,
             "agent": event["agent"],
             "event": event["event"],
@@ -4429,15 +4580,16 @@ class Sandbox:
 
     def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
         now = destination["last_delivered_at"] = _iso(self._now())
+        chat = destination["credentials"] or {}
         attempt = {
-            "attempt_id": _sandbox_id(),
+            "attempt_id": _sandbox_new_id(),
             "alert_id": alert_id,
             "destination_id": destination["destination_id"],
             "channel": destination["channel"],
-            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+            "target": destination["url"] or str(chat.get("chat_id", "")),
             "status": "sent",
-            "response_status": 200,
-            "error_message": None,
+            "response_status": None,
+            "error_message": "recorded only: a sandbox sends nothing",
             "created_at": now,
         }
         self._attempts.append((kind, attempt))
@@ -4453,7 +4605,7 @@ class Sandbox:
     def _save(self, path: list[str], query: _Row, body: Any) -> _Row:
         """Create or change a resource; a refusal leaves everything as it was."""
         id_name = _SANDBOX_IDS[path[0]]
-        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_id()}
+        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_new_id()}
         fields = _sandbox_fields(path[0], body, record)
         self._COMPLETE[path[0]](self, fields, record)
         record.update(fields)
@@ -4461,36 +4613,39 @@ class Sandbox:
 
     def _complete_event(self, fields: _Row, record: _Row) -> None:
         agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
-        _sandbox_need(event, "event must not be blank")
+        _sandbox_need(event, "event is required")
         _sandbox_zone(fields["timezone"])
         taken = self._named.get((agent, event), record) is not record
         _sandbox_need(not taken, "this agent and event have a definition already", 422)
         self._named.pop((record.get("agent", agent), event), None)
         self._named[agent, event] = record
-        token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
+        token = record.get("share_token") or _sandbox_new_id()
         created = record.get("created_at", _iso(self._now()))
         fields.update(
             agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created
         )
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
-        fields["event_id"] = _sandbox_id(fields["event_id"])
+        fields["event_id"] = _sandbox_id("event_id", fields["event_id"])
         _sandbox_need(fields["event_id"] in self._stores["events"], "event_id is unknown", 422)
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
-        channel, url, credentials = fields["channel"], fields["url"], fields["credentials"]
+        channel, url, credentials = fields["channel"], fields["url"], fields["credentials"] or {}
         for name in _SANDBOX_NEEDS.get(channel, ("url",)):
             given = url if name == "url" else credentials.get(name)
             _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
         scheme, _, rest = url.partition("://")
-        absolute = scheme in ("http", "https") and rest.partition("/")[0]
-        _sandbox_need(absolute or not url, "url must be an absolute http(s) URL")
+        valid = not url or (scheme in ("http", "https") and rest.partition("/")[0])
+        if channel == "email":
+            valid = valid or all(url.partition("@"))
+        _sandbox_need(valid, "url must be an absolute http(s) URL; for email, an address")
         _sandbox_need(
             all(type(item) in (str, int) for item in credentials.values()),
             "credentials must be strings",
         )
-        fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
-        known = self._stores["policies"].keys() >= set(fields["policy_ids"])
+        policy_ids = [_sandbox_id("policy_ids", str(item)) for item in fields["policy_ids"]]
+        fields.update(credentials=credentials or None, policy_ids=policy_ids)
+        known = self._stores["policies"].keys() >= set(policy_ids)
         _sandbox_need(known, "policy_ids names an unknown policy", 422)
         now = _iso(self._now())
         created, delivered = record.get("created_at", now), record.get("last_delivered_at")
@@ -4499,9 +4654,9 @@ class Sandbox:
         )
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
-        event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
+        event, period = self._find(path), _sandbox_choice(query, "period", _SANDBOX_PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
-        buckets = sorted(self._buckets(event, period).items())
+        buckets = sorted(self._buckets(event, period).items(), reverse=True)
         rollups = [
             {**same, "period": period, "occurred_at": _iso(start), **bucket}
             for start, bucket in buckets
@@ -4510,18 +4665,17 @@ class Sandbox:
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
         event_id = self._find(path)["event_id"]
-        view = _sandbox_choice(query, "view", _VIEWS)
-        period = _sandbox_choice(query, "period", _WINDOWS)
-        previous = _sandbox_choice(query, "previous", _PREVIOUS)
-        _sandbox_need(
-            previous in _ANALYTICS_PAIRS[period],
-            f"{previous} is not supported with period {period}",
-        )
+        view = _sandbox_choice(query, "view", ("window",))
+        period = _sandbox_choice(query, "period", tuple(_SANDBOX_SPANS))
         windows: dict[str, _Row] = {}
         span, now = _SANDBOX_SPANS[period], self._now()
-        shift = _SANDBOX_SPANS.get(previous[len("previous_") :], span)
+        shifts = {"previous_window": span}
+        shifts.update(
+            (f"previous_{n}", longer) for n, longer in _SANDBOX_SPANS.items() if longer > span
+        )
+        previous = _sandbox_choice(query, "previous", tuple(shifts))
         for at, value in self._points.get(event_id, []):
-            for name, end in (("current", now), ("previous", now - shift)):
+            for name, end in (("current", now), ("previous", now - shifts[previous])):
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
         data = _sandbox_compare(windows) if windows else None
@@ -4537,13 +4691,13 @@ class Sandbox:
         alerts = self._list(path)
         if "status" not in query:
             return alerts
-        status = _sandbox_choice(query, "status", _ALERT_STATUSES)
+        status = _sandbox_choice(query, "status", _SANDBOX_STATUSES)
         return [alert for alert in alerts if alert["status"] == status]
 
     def _move_alert(self, path: list[str], *_: Any) -> _Row:
         alert, status = self._find(path), _SANDBOX_VERBS[path[2]]
         if alert["status"] != status:  # repeating a step changes nothing; no step leads back
-            starts = _ALERT_STATUSES[: _ALERT_STATUSES.index(status)]
+            starts = _SANDBOX_STATUSES[: _SANDBOX_STATUSES.index(status)]
             _sandbox_need(
                 alert["status"] in starts,
                 f"cannot {path[2]} an alert that is {alert['status']}",
@@ -4555,14 +4709,14 @@ class Sandbox:
         return alert
 
     def _deliveries(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
-        wanted = _sandbox_choice(query, "kind", _DELIVERY_KINDS, "alert")
+        wanted = _sandbox_choice(query, "kind", ("alert", "test", "all"), "alert")
         attempts = [pair for pair in self._attempts if pair[1]["alert_id"] == path[1]]
         if not attempts:  # the alert of a test is known by its attempt alone
             self._find(path)
         return _sandbox_page([row for kind, row in attempts if wanted in (kind, "all")], query)
 
     def _test(self, path: list[str], *_: Any) -> _Row:
-        destination, alert_id = self._find(path), _sandbox_id()
+        destination, alert_id = self._find(path), _sandbox_new_id()
         self._deliver("test", alert_id, destination)
         return {"alert_id": alert_id, "destination_id": path[1], "status": "sent"}
 
@@ -4591,16 +4745,73 @@ class Sandbox:
     }
 
 
-def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
-    """Return an HTTP server on 127.0.0.1 that answers as `sandbox` does.
+def _sandbox_admit(headers: Any, host: str) -> None:
+    """Refuse web pages, also those whose own name stands for this address.
+
+    With a `host` that others reach, any name will do: a container's, for one.
+    """
+    import re
+
+    origin, name = headers.get("Origin"), headers.get("Host", "")
+    text = f"Origin {origin!r:.80} is refused: a sandbox serves programs, not web pages"
+    _sandbox_need(origin is None, text, 403)
+    own = re.sub(r":[0-9]*$", "", name).strip("[]").lower() in ("", *_SANDBOX_HOSTS)
+    text = f"Host {name!r:.80} is refused: this sandbox serves its own machine; --host opens it"
+    _sandbox_need(own or host not in _SANDBOX_HOSTS, text, 403)
+
+
+def _sandbox_body(headers: Any, stream: Any) -> bytes:
+    """Return a request's body, in chunks or of a given length; too large a one is not read."""
+    coding, length = headers.get("Transfer-Encoding"), headers.get("Content-Length", "0")
+    if coding is not None:
+        text = f"Transfer-Encoding must be chunked, got {coding!r:.80}"
+        _sandbox_need(coding.lower() == "chunked", text)
+        return b"".join(_sandbox_chunks(stream))
+    text = f"Content-Length must be a number of bytes, got {length!r:.80}"
+    _sandbox_need(length.isascii() and length.isdigit(), text)
+    return _sandbox_read(stream, int(length[:20]), 0)
+
+
+def _sandbox_chunks(stream: Any) -> Iterator[bytes]:
+    import re
+
+    taken = 0
+    while True:
+        size = stream.readline(1024).partition(b";")[0].strip()
+        _sandbox_need(re.fullmatch(b"[0-9A-Fa-f]{1,16}", size), "a chunk must begin with its size")
+        if int(size, 16) == 0:
+            break
+        yield _sandbox_read(stream, int(size, 16), taken)
+        taken += int(size, 16)
+        _sandbox_need(stream.readline(2) == b"\r\n", "a chunk must be of the size it gives")
+    for _ in range(100):  # trailers
+        if stream.readline(1024).strip() == b"":
+            return
+    raise _SandboxRefusal("a chunked body must end with a blank line", 400)
+
+
+def _sandbox_read(stream: Any, size: int, taken: int) -> bytes:
+    """Return the next `size` bytes of a body of which `taken` have come."""
+    text = f"a body may have {_SANDBOX_BODY_BYTES} bytes"
+    _sandbox_need(taken + size <= _SANDBOX_BODY_BYTES, text, 413)
+    data: bytes = stream.read(size)
+    if len(data) < size:
+        raise ConnectionResetError("a body was cut short")
+    return data
+
+
+def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
+    """Return an HTTP server that answers as `sandbox` does, and 200 without a key to GET /health.
 
     The caller runs serve_forever() and server_close(). Port 0 takes a free one, which
     server_address tells. A scripted drop closes the connection without an answer.
     """
+    import socket
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        server_version, sys_version = f"chirrop-sandbox/{__version__}", ""
         timeout = 60.0  # seconds that an idle connection may hold a thread
         disable_nagle_algorithm = True  # an answer is two writes
 
@@ -4614,44 +4825,47 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
             pass
 
         def answer(self) -> None:
-            length = self.headers.get("Content-Length", "0")
-            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
-            if host not in ("", "127.0.0.1", "localhost") or "Origin" in self.headers:
-                self.refuse(403, "this sandbox serves programs on this machine, not web pages")
-            elif not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-                self.refuse(400, "a body needs its length in Content-Length")
-            elif len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
-                self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
-            else:
-                body = self.rfile.read(int(length))
-                if len(body) == int(length):
-                    url = "http://127.0.0.1/" + self.path.lstrip("/")
-                    self.reply(sandbox(self.command, url, body, dict(self.headers), math.inf))
+            try:
+                self.reply(self.answered())
+            except _SandboxRefusal as exc:
+                self.close_connection = True
+                self.reply(_sandbox_error(*exc.args))
+                self.connection.settimeout(1.0)
+                while self.rfile.read1(65536):  # closed with data unread, TCP resets the answer
+                    pass
 
-        def refuse(self, status: int, text: str) -> None:
-            self.close_connection = True
-            self.reply(_sandbox_answer(status, {"error": text}))
-            self.connection.settimeout(1.0)
-            while self.rfile.read1(65536):  # closed with data unread, TCP resets the answer
-                pass
+        def answered(self) -> _Reply:
+            _sandbox_admit(self.headers, host)
+            body = _sandbox_body(self.headers, self.rfile)
+            if self.command == "OPTIONS":
+                return 200, b"", {"Allow": "GET, HEAD, OPTIONS, POST, PUT"}
+            if self.path in ("/", "/health"):
+                return _sandbox_answer(200, {"status": "ok"})
+            url = "http://127.0.0.1/" + self.path.lstrip("/")
+            return sandbox(self.command, url, body, dict(self.headers), math.inf)
 
         def reply(self, answer: _Reply) -> None:
             self.send_response(answer[0])
             for name, value in answer[2].items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(answer[1])))
+            head = self.command == "HEAD"
+            if not head:
+                self.send_header("Content-Length", str(len(answer[1])))
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(answer[1])
+            self.wfile.write(b"" if head else answer[1])
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815  # http.server's names
+        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815  # http.server's names
+        do_OPTIONS = do_PATCH = do_DELETE = answer  # noqa: N815
 
     class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         request_queue_size = 128  # connections that may wait at once: the default is 5
+        allow_reuse_address = os.name == "posix"  # elsewhere it would share a port in use
         daemon_threads = True
 
-    return Server(("127.0.0.1", port), Handler)
+    return Server((host, port), Handler)
 
 
 # ---- Command line ---------------------------------------------------------
@@ -4844,7 +5058,7 @@ def _show_analytics(event: Event, answer: Analytics) -> None:
     )
     for name in ("value", "count", "mean", "stddev") if data else ():
         change = data.get(f"{name}_pct_change")
-        percent = "" if change is None else f"{change:+,.1f}%"
+        percent = f"{change:+,.1f}%" if change is not None and data.get(f"previous_{name}") else ""
         now, before = _figure(data.get(f"current_{name}")), _figure(data.get(f"previous_{name}"))
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
@@ -4879,10 +5093,21 @@ def _cmd_events(args: Any) -> int:
 
 
 def _cmd_rollups(args: Any) -> int:
+    limit = _integer("--limit", args.limit, 1)
     with new_client() as client:
         event = _event_named(client, args)
-        rollups = client.get_event_logs(event["event_id"], args.period, args.limit)
+        # Two at least, to see the order: where the oldest come first, the newest are at the end.
+        rollups = client.get_event_logs(event["event_id"], args.period, max(2, limit))
+        if args.all or (len(rollups) > 1 and _bucket(rollups[0]) < _bucket(rollups[-1])):
+            rollups = [*client.iter_event_logs(event["event_id"], args.period)]
+    # A bucket that begins between two pages moves the others on, so that one may come twice.
+    rollups = sorted({_bucket(r): r for r in rollups}.values(), key=_bucket, reverse=True)
+    rollups = rollups if args.all else rollups[:limit]
     return _result(args, rollups, lambda: _show_rollups(event, args.period, rollups))
+
+
+def _bucket(rollup: Rollup) -> str:
+    return str(rollup.get("occurred_at"))
 
 
 def _cmd_analytics(args: Any) -> int:
@@ -5145,8 +5370,15 @@ def _diagnose_endpoint(
 
 def _cmd_sandbox(args: Any) -> int:
     _integer("--port", args.port, 0, 65535)
-    with _serve_sandbox(Sandbox(), args.port) as server:
-        base = f"http://127.0.0.1:{server.server_address[1]}/v1.0"
+    try:
+        server = _serve_sandbox(Sandbox(quota=args.quota), args.port, args.host)
+    except OSError as exc:
+        text = f"cannot listen on port {args.port} of {args.host}: {exc.strerror or exc}"
+        raise ChirrOpError(f"{text}; `--port 0` takes a free one") from exc
+    with server:
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)  # noqa: S104
+        name = f"[{name}]" if ":" in name else name
+        base = f"http://{name}:{server.server_address[1]}/v1.0"
         variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
         _result(
             args,
@@ -5157,6 +5389,8 @@ def _cmd_sandbox(args: Any) -> int:
         _say(
             "any key that starts with chp_ will do; Ctrl-C ends the sandbox, which then forgets all"
         )
+        if args.host not in _SANDBOX_HOSTS:
+            _say("other machines reach it, too, and whoever does may read and change all it holds")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -5265,7 +5499,9 @@ def _arguments(argv: list[str] | None) -> Any:
             ("--log-id", {"metavar": "UUID", "help": "default: a random one"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
-            event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),
+            event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}),
+            ("--limit", {"type": int, "default": 100, "help": "most recent buckets; default: 100"}),
+            ("--all", {"action": "store_true", "help": "all buckets there are"})]),
         (_cmd_analytics, "compare an event's last hours or days with earlier ones", [
             event, agent, ("--period", {"choices": _WINDOWS, "default": "1h"}),
             ("--previous", {"choices": _PREVIOUS, "default": "previous_window"})]),
@@ -5277,8 +5513,11 @@ def _arguments(argv: list[str] | None) -> Any:
             ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
         (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
         (_cmd_doctor, "find out why nothing arrives; sends no log", []),
-        (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [
-            ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0 takes a free one"})]),
+        (_cmd_sandbox, "serve a sandbox on this machine", [
+            ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0: a free one"}),
+            ("--host", {"default": "127.0.0.1", "help": "address to listen on; default: 127.0.0.1,"
+                " which other machines and containers cannot reach; 0.0.0.0 opens it to them"}),
+            ("--quota", {"type": int, "help": "logs taken before QUOTA_EXCEEDED"})]),
     ]  # fmt: skip
     for run, about, arguments in table:
         command = commands.add_parser(run.__name__[5:], help=about, description=about)

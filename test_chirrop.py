@@ -225,24 +225,102 @@ class ErrorTest(TestCase):
                     (status, {"error": "because"}, 7.0),
                 )
 
-    def test_the_message_comes_from_whatever_the_server_sent(self):
-        for body, text in (
-            (b'{"error": "invalid api key"}', "HTTP 401: invalid api key"),
-            (b'{"message": "no"}', "HTTP 401: no"),
-            (b"plain text", "HTTP 401: plain text"),
-            (b"", "HTTP 401: unauthorized"),
-            (b'{"error": {"deep": 1}}', 'HTTP 401: {"error": {"deep": 1}}'),
-            (b"\xff\xfe", "HTTP 401: \ufffd\ufffd"),
-            (b"[" * 100000, "HTTP 401: " + "[" * 200),
+    def test_the_message_and_the_code_come_from_whatever_the_server_sent(self):
+        quota = b'{"error": {"code": "QUOTA_EXCEEDED", "message": "monthly log quota exceeded"}}'
+        for body, text, code in (
+            (quota, "monthly log quota exceeded", "QUOTA_EXCEEDED"),
+            (b'{"error": {"code": "FORBIDDEN"}}', "forbidden", "FORBIDDEN"),
+            (b'{"error": {"code": "NO_SEAT", "message": " "}}', "NO_SEAT", "NO_SEAT"),
+            (b'{"error": {"code": 7, "message": "m"}}', "m", None),
+            (b'{"code": "C", "message": "m"}', "m", "C"),
+            (b'{"error": "invalid api key"}', "invalid api key", None),
+            (
+                b'{"error": "Bad Request", "message": "event is required"}',
+                "event is required",
+                None,
+            ),
+            (b'{"error": "token has expired", "message": "Forbidden"}', "token has expired", None),
+            (b'{"message": "no"}', "no", None),
+            (b'\xef\xbb\xbf{"message": "no"}', "no", None),
+            (b'{"error": ["deep"]}', '{"error": ["deep"]}', None),
+            (b"plain text", "plain text", None),
+            (b"", "forbidden", None),
+            (b"null", "null", None),
+            (b'{"message": "<html>no</html>"}', "forbidden", None),
+            (b"\xff\xfe", "\ufffd\ufffd", None),
+            (b"[" * 100000, "[" * 200, None),
         ):
             with self.subTest(body[:20]):
-                self.assertEqual(str(chirrop._Answer(401, body).error()), text)
+                error = chirrop._Answer(403, body).error()
+                self.assertEqual((str(error), error.code), (f"HTTP 403: {text}", code))
+
+    # Excerpts of what nginx 1.22.1 and squid 5.7 answered: status, Server, the page.
+    PAGES = [
+        (502, "nginx/1.22.1", "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>"),
+        (504, "nginx/1.22.1", "<html>\r\n<head><title>504 Gateway Time-out</title></head>\r\n"),
+        (413, "nginx/1.22.1", "<html>\r\n<head><title>413 Request Entity Too Large</title></head>"),
+        (403, "nginx/1.22.1", "<html>\r\n<head><title>403 Forbidden</title></head>\r\n<body>\r\n"),
+        (503, "squid/5.7", '<!DOCTYPE html PUBLIC "-//W3C//DTD HTML 4.01//EN" "http://www.w3.org/'
+         'TR/html4/strict.dtd">\n<html><head>\n<meta type="copyright" content="Copyright (C) 1996-'
+         '2021 The Squid Software Foundation">\n<title>ERROR: The requested URL could not be'),
+    ]  # fmt: skip
+
+    def test_of_a_proxys_page_the_status_and_the_servers_name_are_told(self):
+        for status, server, page in self.PAGES:
+            error = chirrop._Answer(status, page.encode(), {"SERVER": server}).error()
+            phrase = http.client.responses[status].lower()
+            self.assertEqual(str(error), f"HTTP {status}: {phrase} (from {server})")
+            self.assertEqual((error.code, error.body), (None, page.strip()))
+            bare = chirrop._Answer(status, page.encode()).error()
+            self.assertEqual(str(bare), f"HTTP {status}: {phrase}")
+
+    def test_a_redirect_tells_where_to_but_no_query(self):
+        for headers, text in (
+            ({}, "redirects are not followed; check the endpoint"),
+            ({"Location": "https://login.example/x?token=1"}, "redirects are not followed, this one"
+             " leads to https://login.example/x; check the endpoint"),
+        ):  # fmt: skip
+            self.assertEqual(
+                str(chirrop._Answer(301, b"<a>", headers).error()), f"HTTP 301: {text}"
+            )
+
+    def test_a_407_tells_where_the_proxy_came_from(self):
+        advice = "the proxy wants a password: give it as http://user:password@host:port in "
+        tunnel = OSError("cannot connect to p:1: Tunnel connection failed: 407 Denied")
+        for environment, source in (
+            ({}, "the system's settings"),
+            ({"HTTP_PROXY": "http://p:1", "HTTPS_PROXY": "http://p:1"}, "HTTP{}_PROXY"),
+            ({"http_proxy": "http://p:1", "https_proxy": "http://p:1"}, "http{}_proxy"),
+        ):
+            os.environ.update(environment)
+            error = chirrop._Answer(407, b"<html>", {"Server": "squid/5.7"}).error()
+            self.assertEqual(str(error), f"HTTP 407: {advice}{source.format('')}")
+            error = chirrop._Answer(0, cause=tunnel).error()
+            self.assertEqual(
+                str(error),
+                f"no answer: {tunnel}; {advice}{source.format('S' if 'P' in source else 's')}",
+            )
+
+    def test_an_error_keeps_a_little_of_a_large_answer_and_tells_its_message_all_the_same(self):
+        for size, kept in ((4000, dict), (5000, str), (60_000, str)):
+            body = json.dumps({"error": {"code": "C", "message": "m"}, "rest": "x" * size}).encode()
+            error = chirrop._Answer(400, body).error()
+            self.assertEqual((str(error), error.code), ("HTTP 400: m", "C"))
+            self.assertIs(type(error.body), kept)
+            self.assertLessEqual(len(str(error.body)), 4096)
+        self.assertEqual(len(chirrop._Answer(502, b"x" * 10**6).error().body), 4096)
+
+    def test_what_broke_the_connection_is_told_in_one_short_line(self):
+        cause = OSError("Tunnel connection failed: 503 \x1b[2J\r\n" + "x" * 100_000)
+        text = str(chirrop._Answer(0, cause=cause).error())
+        self.assertTrue(text.isprintable())
+        self.assertLess(len(text), 600)
 
     def test_errors_survive_pickle_and_copy_with_all_they_carry(self):
         for name in chirrop.__all__:
             kind = getattr(chirrop, name)
             if isinstance(kind, type) and issubclass(kind, Exception):
-                error = kind("text", status_code=418, body={"a": [1]}, retry_after=2.5)
+                error = kind("text", status_code=418, code="C", body={"a": [1]}, retry_after=2.5)
                 for twin in (
                     pickle.loads(pickle.dumps(error)),
                     copy.copy(error),
@@ -582,6 +660,14 @@ class ConfigTest(TestCase):
             new_client(Config(api_key=KEY), retries=1)
         with self.assertRaises(chirrop.ChirrOpValidationError):
             Client({"api_key": KEY})
+
+    def test_an_empty_endpoint_and_a_bare_prefix_are_refused_like_any_other_wrong_value(self):
+        os.environ["CHIRROP_API_ENDPOINT"] = os.environ["CHIRROP_SERVICER_ENDPOINT"] = "https://h/"
+        for name in ("api_endpoint", "servicer_endpoint"):
+            with self.assertRaisesRegex(chirrop.ChirrOpValidationError, f"{name} must be an abs"):
+                Config(**{"api_key": KEY, name: ""})
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "nothing follows 'chp_'"):
+            Config(api_key=" chp_ ")
 
     def test_a_config_cannot_be_changed_and_shows_no_key(self):
         config = Config(api_key="chp_canary", on_drop=print)
@@ -4930,7 +5016,7 @@ CALLS = [
     ("update_policy", ("p", {"severity": "critical"}), "PUT", "/policies/p", {"severity": "critical"}),
     ("list_alerts", ("triggered",), "GET", "/alerts?status=triggered", None),
     ("get_alert", ("a",), "GET", "/alerts/a", None),
-    ("get_alert_deliveries", ("a", "all", 1, 0), "GET", "/alerts/a/deliveries?kind=all&limit=1&offset=0", None),
+    ("get_alert_deliveries", ("a", 1, 0), "GET", "/alerts/a/deliveries?limit=1&offset=0", None),
     ("acknowledge_alert", ("a",), "POST", "/alerts/a/acknowledge", None),
     ("resolve_alert", ("a",), "POST", "/alerts/a/resolve", None),
     ("archive_alert", ("a",), "POST", "/alerts/a/archive", None),
@@ -4971,6 +5057,26 @@ class ControlPlaneTest(TestCase):
             route = re.sub(r"/(evt_1|[pad])(?=/|$)", "/{}", path.split("?")[0])
             text = re.sub(r"\{\w+\}", "{}", getattr(Client, name).__doc__)
             self.assertIn(f"{method} /v1.0{route}", text, name)
+
+    def test_signatures_are_those_that_people_use(self):
+        for call, path in (
+            (lambda c: c.get_event_analytics("e", period="1d", previous="previous_7d"),
+             "/events/e/analytics?view=window&period=1d&previous=previous_7d"),
+            (lambda c: c.get_event_analytics("e", view="window", previous="previous_1d"),
+             "/events/e/analytics?view=window&period=1h&previous=previous_1d"),
+            (lambda c: c.get_event_analytics("e"),
+             "/events/e/analytics?view=window&period=1h&previous=previous_window"),
+            (lambda c: c.get_alert_deliveries("a", 20, 40, kind="test"),
+             "/alerts/a/deliveries?kind=test&limit=20&offset=40"),
+            (lambda c: c.get_alert_deliveries("a", limit=20, kind="all"),
+             "/alerts/a/deliveries?kind=all&limit=20"),
+        ):  # fmt: skip
+            client = self.client((200, b"[]", {}))
+            call(client)
+            url = client._link._transport.requests[0][1]
+            self.assertEqual(url, "https://api.chirrop.com/v1.0" + path)
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "kind must be one of"):
+            self.client(AssertionError).get_alert_deliveries("a", kind="real")
 
     def test_an_empty_answer_is_an_empty_dict(self):
         client = self.client((200, b"", {}), (204, b" \n", {}))
@@ -5045,7 +5151,8 @@ class ControlPlaneTest(TestCase):
             ("get_event_logs", ("e", "week")), ("get_event_logs", ("e", "hour", 0)), ("get_event_logs", ("e", "hour", 1, -1)),
             ("get_event_logs", ("e", "hour", True)), ("get_event_analytics", ("e", "chart", "1h", "previous_1d")),
             ("get_event_analytics", ("e", "window", "2h", "previous_1d")), ("get_event_analytics", ("e", "window", "1h", "previous_2d")),
-            ("list_alerts", ("open",)), ("get_alert_deliveries", ("a", "real")), ("get_alert_deliveries", ("a", "all", "5")),
+            ("list_alerts", ("open",)), ("get_alert_deliveries", ("a", "all")),
+            ("get_alert_deliveries", ("a", 1, "5")),
             ("create_policy", ({"period": "week"},)), ("create_policy", ({"aggregate": "median"},)), ("create_policy", ({"condition": ">"},)),
             ("update_policy", ("p", {"severity": "bad"})), ("create_destination", ({"channel": "fax"},)), ("update_destination", ("d", {"channel": None})),
             ("create_policy", ([],)), ("create_event", (None,)), ("create_event", ({"x": float("nan")},)), ("create_event", ({"x": object()},)),
@@ -5381,7 +5488,8 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"}, "os.environ": {"_checked_key", "_checked_endpoint", "Config"},
+            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"},
+            "os.environ": {"_checked_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"}, "os.open": {"_lock_file", "SqliteSpool"},
             "logging.getLogger": {"_Reporter"}, "os.unlink": {"SqliteSpool"}, "os.replace": {"SqliteSpool"},
         }  # fmt: skip
@@ -5477,6 +5585,14 @@ class SandboxCase(unittest.TestCase):
     def setUp(self):
         self.now, self.slept = self.start, []
         self.sandbox = Sandbox(clock=lambda: self.now.timestamp(), sleep=self.slept.append)
+
+    def serve(self, host="127.0.0.1"):
+        """Serve the sandbox of the moment, which tests replace; return the server."""
+        server = chirrop._serve_sandbox(lambda *request: self.sandbox(*request), 0, host)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(lambda: (server.shutdown(), thread.join(30), server.server_close()))
+        return server
 
     def call(self, method, path, body=None, auth="Bearer chp_test", timeout=10.0):
         """Return status and parsed body (None for an empty one)."""
@@ -5625,17 +5741,8 @@ class SandboxTest(SandboxCase):
                 "share_token": "x",
             },
         )
-        self.assertNotIn(after["share_token"], (None, "x"))
-        self.assertEqual(
-            after,
-            {
-                **before,
-                "title": "Jobs",
-                "public": True,
-                "agent": "api",
-                "share_token": after["share_token"],
-            },
-        )
+        self.assertEqual(str(uuid.UUID(before["share_token"])), before["share_token"])
+        self.assertEqual(after, {**before, "title": "Jobs", "public": True, "agent": "api"})
         self.assertEqual(self.ok("GET", f"/v1.0/events/{event_id}"), after)
         self.log(2, agent="api")  # the definition answers to its new name only
         self.log(3)
@@ -5649,7 +5756,7 @@ class SandboxTest(SandboxCase):
         self.assertEqual(self.call("PUT", path, {"title": "new", "timezone": "Mars/Base"})[0], 400)
         self.assertEqual(self.ok("GET", path), before)
 
-    def test_rollups_sum_each_bucket_oldest_first(self):
+    def test_rollups_sum_each_bucket_newest_first(self):
         for value, at in ((2, "10:29:59.999"), (3, "10:30:00"), (-5, "10:30:14"), (1, "09:59:59")):
             self.log(value, agent="api", occurred_at=f"2026-03-04T{at}Z")
         event_id = self.event_id(agent="api")
@@ -5676,7 +5783,7 @@ class SandboxTest(SandboxCase):
                         "min": min(values),
                         "max": max(values),
                     }
-                    for at, values in rows
+                    for at, values in reversed(rows)
                 ],
             )
 
@@ -5685,9 +5792,9 @@ class SandboxTest(SandboxCase):
             self.log(minute, occurred_at=self.at(minutes=minute - 120))
         event_id = self.event_id()
         for query, values in (
-            ("", range(100)),
-            ("&offset=100", range(100, 120)),
-            ("&limit=2&offset=3", range(3, 5)),
+            ("", range(119, 19, -1)),
+            ("&offset=100", range(19, -1, -1)),
+            ("&limit=2&offset=3", (116, 115)),
             ("&limit=0", ()),
             ("&limit=500&offset=120", ()),
         ):
@@ -5704,7 +5811,8 @@ class SandboxTest(SandboxCase):
             self.log(1, occurred_at=f"2026-03-{at}:00Z")
         event_id = self.event_id()
         days = lambda: [
-            (row["occurred_at"][8:16], row["count"]) for row in self.rollups(event_id, "period=day")
+            (row["occurred_at"][8:16], row["count"])
+            for row in reversed(self.rollups(event_id, "period=day"))
         ]
         self.assertEqual(days(), [("07T00:00", 2), ("08T00:00", 2), ("09T00:00", 2)])
         self.ok("PUT", f"/v1.0/events/{event_id}", {"timezone": "America/New_York"})
@@ -5861,27 +5969,24 @@ class SandboxAnalyticsTest(SandboxCase):
             for previous in set(self.pairs["1h"]) - set(self.pairs[period]):
                 status, answer = self.analytics(period, previous)
                 self.assertEqual(status, 400, (period, previous))
-                self.assertIn(previous, answer["error"])
+                self.assertIn(previous, answer["error"]["message"])
 
     def test_data_is_null_where_both_windows_are_empty(self):
         self.log(1, occurred_at=self.at(days=-20))
         self.assertIsNone(self.analytics("1d", "previous_window")[1]["data"])
 
-    def test_no_change_is_a_percentage_of_nothing(self):
-        self.log(4, -4)
+    def test_where_there_is_nothing_to_divide_by_the_numbers_are_0(self):
+        self.log(4, -3)
         data = self.analytics("1h", "previous_window")[1]["data"]
+        current = {"value": 1, "count": 2, "mean": 0.5, "stddev": 3.5}
         self.assertEqual(
-            (
-                data["previous_value"],
-                data["previous_count"],
-                data["previous_mean"],
-                data["previous_stddev"],
-                data["mean_delta"],
-            ),
-            (0, 0, None, None, None),
-        )
-        self.assertEqual(
-            [data[f"{name}_pct_change"] for name in ("value", "count", "mean")], [None] * 3
+            data,
+            {
+                **{f"current_{name}": value for name, value in current.items()},
+                **{f"previous_{name}": 0 for name in current},
+                **{f"{name}_delta": current[name] for name in ("value", "count", "mean")},
+                **{f"{name}_pct_change": 0 for name in ("value", "count", "mean")},
+            },
         )
 
     def test_a_rise_from_a_negative_value_is_a_rise(self):
@@ -6083,8 +6188,8 @@ class SandboxAlertTest(SandboxCase):
                 "channel": "slack",
                 "target": SLACK["url"],
                 "status": "sent",
-                "response_status": 200,
-                "error_message": None,
+                "response_status": None,
+                "error_message": "recorded only: a sandbox sends nothing",
                 "created_at": alert["triggered_at"],
             },
         )
@@ -6114,6 +6219,7 @@ class SandboxAlertTest(SandboxCase):
             ("webhook", {"url": "http://a", "credentials": {"authorization": "x"}}, "http://a"),
             ("telegram", {"credentials": {"bot_token": "b", "chat_id": 5}}, "5"),
             ("email", {}, ""),
+            ("email", {"url": "ops@example.com"}, "ops@example.com"),
         ):
             with self.subTest(channel=channel):
                 made = self.ok("POST", "/v1.0/destinations", {"channel": channel, **fields})
@@ -6130,7 +6236,7 @@ class SandboxAlertTest(SandboxCase):
                 "enabled": True,
                 "scope": "all",
                 "policy_ids": [],
-                "credentials": {},
+                "credentials": None,
                 "last_error": None,
                 "last_delivered_at": None,
             },
@@ -6454,7 +6560,18 @@ SANDBOX_RULES = [
             400,
             "url",
         )
-        for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x")
+        for url in ("/path", "example.com/x", "ftp://a/b", "https://", "https:///x", "a@b.c")
+    ),
+    *(
+        (
+            f"destinations: address {url}",
+            "POST",
+            "/v1.0/destinations",
+            {"channel": "email", "url": url},
+            400,
+            "url address",
+        )
+        for url in ("ops", "@example.com", "ops@")
     ),
     (
         "destinations: bot_token",
@@ -6517,6 +6634,8 @@ SANDBOX_RULES = [
 class SandboxRulesTest(SandboxCase):
     """Each rule of the service that ends in a refusal, one row a rule."""
 
+    CODES = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 422: "UNPROCESSABLE"}
+
     def state(self):
         return [
             self.sandbox.logs,
@@ -6557,9 +6676,11 @@ class SandboxRulesTest(SandboxCase):
             with self.subTest(rule=rule):
                 answer = self.call(method, path, body)
                 self.assertEqual(answer[0], status, answer)
-                self.assertEqual(set(answer[1]), {"error"})
+                error = answer[1].pop("error")
+                self.assertEqual((answer[1], set(error)), ({}, {"code", "message"}))
+                self.assertEqual(error["code"], self.CODES[status])
                 for word in words.split():
-                    self.assertIn(word, answer[1]["error"])
+                    self.assertIn(word, error["message"])
         self.assertEqual(self.state(), before)
 
     def test_the_rows_are_refused_for_their_rule_alone(self):
@@ -6589,6 +6710,7 @@ class SandboxRulesTest(SandboxCase):
             "Bearer key",
             "Basic chp_test",
             "Bearer  chp_test",
+            "Bearer chp_",
         ):
             for method, path in (
                 ("POST", "/v1.0/logs"),
@@ -6597,7 +6719,8 @@ class SandboxRulesTest(SandboxCase):
                 ("GET", "/v1.0/nothing"),
             ):
                 status, answer = self.call(method, path, _one(), auth=auth)
-                self.assertEqual((status, answer), (401, {"error": "invalid API key"}), auth)
+                error = {"code": "INVALID_TOKEN", "message": "invalid API key"}
+                self.assertEqual((status, answer), (401, {"error": error}), auth)
         self.assertEqual(self.sandbox.logs, [])
 
     def test_with_a_key_of_its_own_any_other_is_401(self):
@@ -6620,9 +6743,22 @@ class SandboxRulesTest(SandboxCase):
         self.sandbox.reject(lambda log: log["value"] == 13)
         status, answer = self.call("POST", "/v1.0/logs", _one(value=13, log_id=log_id))
         self.assertEqual(status, 400)
-        self.assertIn(log_id, answer["error"])
+        self.assertIn(log_id, answer["error"]["message"])
         self.assertEqual(self.sandbox.logs, [])
         self.log(12)
+
+    def test_beyond_the_quota_logs_are_403_and_the_rest_goes_on(self):
+        self.sandbox.quota = 3
+        known = str(uuid.uuid4())
+        self.log(1, 2, log_id=known)
+        self.assertEqual(self.call("POST", "/v1.0/logs", _many(3))[0], 403)
+        self.log(1, 2)
+        error = {"code": "QUOTA_EXCEEDED", "message": "monthly log quota exceeded"}
+        self.assertEqual(self.call("POST", "/v1.0/logs", _many(1)), (403, {"error": error}))
+        self.log(1, log_id=known)  # a resend brings no new log
+        self.assertEqual((len(self.sandbox.logs), len(self.ok("GET", "/v1.0/events"))), (3, 1))
+        self.sandbox.quota = None
+        self.log(1)
 
 
 class SandboxFaultTest(SandboxCase):
@@ -6657,8 +6793,12 @@ class SandboxFaultTest(SandboxCase):
 
     def test_a_scripted_status_takes_nothing_and_can_bring_body_and_headers(self):
         headers = {"Authorization": "Bearer chp_x"}
+
+        def scripted(status, code):
+            return b'{"error":{"code":"%s","message":"scripted %d"}}' % (code.encode(), status)
+
         for fields, expected in (
-            ({"status": 500}, (500, b'{"error":"scripted 500"}', {})),
+            ({"status": 500}, (500, scripted(500, "INTERNAL_ERROR"), {})),
             (
                 {"status": 302, "headers": {"Location": "http://b"}},
                 (302, b"", {"Location": "http://b"}),
@@ -6667,12 +6807,12 @@ class SandboxFaultTest(SandboxCase):
             ({"status": 200, "body": b"\xff"}, (200, b"\xff", {})),
             ({"status": 500, "body": ""}, (500, b"", {})),
             ({"status": 400, "body": {"message": "m"}}, (400, b'{"message":"m"}', {})),
-            ({"retry_after": 0}, (429, b'{"error":"scripted 429"}', {"Retry-After": "0"})),
+            ({"retry_after": 0}, (429, scripted(429, "RATE_LIMITED"), {"Retry-After": "0"})),
             (
                 {"status": 503, "retry_after": 1.5},
-                (503, b'{"error":"scripted 503"}', {"Retry-After": "1.5"}),
+                (503, scripted(503, "OVERLOADED"), {"Retry-After": "1.5"}),
             ),
-            ({}, (502, b'{"error":"scripted 502"}', {})),
+            ({}, (502, scripted(502, "INTERNAL_ERROR"), {})),
         ):
             with self.subTest(fields=fields):
                 self.sandbox.fail(**fields)
@@ -6766,18 +6906,9 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
 
     def setUp(self):
         super().setUp()
-        self.server = chirrop._serve_sandbox(self.served())
-        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        thread.start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(thread.join, 30)
-        self.addCleanup(self.server.shutdown)
+        self.server = self.serve()
         self.connection = http.client.HTTPConnection(*self.server.server_address, timeout=30)
         self.addCleanup(self.connection.close)
-
-    def served(self):
-        """Return a transport that asks for the sandbox of the moment: tests replace it."""
-        return lambda *request: self.sandbox(*request)
 
     def exchange(self, method, path, body, headers, timeout):
         self.connection.request(method, path, body, headers)
@@ -6818,21 +6949,137 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
         status, _, answered = self.exchange("GET", "/v1.0/events", None, headers, 1)
         self.assertEqual((status, answered["Retry-After"], self.slept), (429, "7", [2.0]))
 
+    def raw(self, request):
+        """Send bytes on a connection of their own, and return all that comes back."""
+        with socket.create_connection(self.server.server_address, 30) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            with client.makefile("rb") as answer:
+                return answer.read()
+
+    def post(self, headers, body=b"", path=b"/v1.0/logs"):
+        """Send a POST with these header lines and this body; return status and error text."""
+        head = b"POST %b HTTP/1.1\r\nAuthorization: Bearer chp_x\r\n%b\r\n" % (path, headers)
+        answer = self.raw(head + body)
+        status = int(answer.split(b" ", 2)[1])
+        self.assertEqual(status != 200, b"\r\nConnection: close\r\n" in answer, answer)
+        content = answer.partition(b"\r\n\r\n")[2]
+        return status, json.loads(content)["error"]["message"] if content else ""
+
     def test_a_body_of_unclear_length_is_400(self):
-        for name, value in (
-            ("Content-Length", "x"),
-            ("Content-Length", "-1"),
-            ("Content-Length", "1.5"),
-            ("Transfer-Encoding", "chunked"),
+        chunked = b"Transfer-Encoding: chunked\r\n"
+        for headers, body, words in (
+            (b"Content-Length: x\r\n", b"", "Content-Length must be a number of bytes, got 'x'"),
+            (b"Content-Length: -1\r\n", b"", "got '-1'"),
+            (b"Content-Length: 1.5\r\n", b"", "got '1.5'"),
+            (b"Transfer-Encoding: gzip\r\n", b"", "must be chunked, got 'gzip'"),
+            (chunked, b"x\r\n", "begin with its size"),
+            (chunked, b"-1\r\n", "begin with its size"),
+            (chunked, b"1" * 2000 + b"\r\n", "begin with its size"),
+            (chunked, b"\r\n", "begin with its size"),
+            (chunked, b"2\r\n[]x\r\n0\r\n\r\n", "of the size it gives"),
+            (chunked, b"0\r\n" + b"a: b\r\n" * 200, "blank line"),
         ):
-            self.connection.putrequest("POST", "/v1.0/logs")
-            self.connection.putheader(name, value)
-            self.connection.endheaders()
-            answer = self.connection.getresponse()
-            self.assertEqual((answer.status, answer.getheader("Connection")), (400, "close"))
-            self.assertIn("error", json.loads(answer.read()))
-            self.connection.close()
+            with self.subTest((body or headers)[:40]):
+                status, text = self.post(headers, body)
+                self.assertEqual((status, words in text), (400, True), text)
         self.assertEqual(self.sandbox.requests, [])
+
+    def test_a_body_in_chunks_is_taken(self):
+        body = json.dumps(_many(3)).encode()
+        for size, end in (
+            (1, b"0\r\n\r\n"),
+            (7, b"000\r\nX-Sum: 1\r\n\r\n"),
+            (999, b"0;x=y\r\n\r\n"),
+        ):
+            parts = [body[i : i + size] for i in range(0, len(body), size)]
+            chunks = b"".join(b"%x;name=value\r\n%b\r\n" % (len(part), part) for part in parts)
+            self.assertEqual(self.post(b"Transfer-Encoding: Chunked\r\n", chunks + end)[0], 200)
+        self.assertEqual(len(self.sandbox.logs), 9)
+
+    def test_after_a_body_in_chunks_the_connection_is_kept(self):
+        for _ in range(2):
+            self.connection.request(
+                "POST",
+                "/v1.0/logs",
+                iter([b'[{"event":"a",', b'"value":1}]']),
+                {"Authorization": "Bearer chp_x"},
+                encode_chunked=True,
+            )
+            first = self.connection.sock
+            self.assertEqual(self.connection.getresponse().read(), b"")
+        self.assertIs(self.connection.sock, first)
+        self.assertEqual(len(self.sandbox.logs), 2)
+
+    def test_chunks_without_an_end_are_413_or_no_request(self):
+        chunk = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
+        status, text = self.post(b"Transfer-Encoding: chunked\r\n", chunk * 17)
+        self.assertEqual((status, text), (413, "a body may have 16777216 bytes"))
+        head = b"POST /v1.0/logs HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for end in (b"ff\r\n[", b"FFFFFFFFFFFFFFFF\r\n["):
+            self.assertIn(self.raw(head + end)[:12], (b"", b"HTTP/1.1 413"))
+        self.assertEqual(self.sandbox.requests, [])
+
+    def test_a_client_that_waits_for_100_continue_gets_it(self):
+        body = json.dumps(_many(2)).encode()
+        with socket.create_connection(self.server.server_address, 30) as client:
+            client.sendall(
+                b"POST /v1.0/logs HTTP/1.1\r\nAuthorization: Bearer chp_x\r\n"
+                b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+            self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 100 Continue\r\n\r\n"))
+            client.sendall(body)
+            self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n"))
+
+    def test_health_needs_no_key_and_is_no_request(self):
+        self.sandbox.fail(None, status=503)
+        for path in ("/", "/health"):
+            status, content, _ = self.exchange("GET", path, None, {}, 1)
+            self.assertEqual((status, json.loads(content)), (200, {"status": "ok"}))
+            self.assertEqual(self.exchange("HEAD", path, None, {}, 1)[:2], (200, b""))
+        self.assertEqual(self.sandbox.requests, [])
+
+    def test_head_is_get_without_the_body_and_options_name_the_methods(self):
+        self.log(1)
+        headers = {"Authorization": "Bearer chp_x"}
+        for path, status in (("/v1.0/events", 200), ("/v1.0/nothing", 404), ("/v1.0/logs", 405)):
+            self.assertEqual(self.exchange("HEAD", path, None, headers, 1)[:2], (status, b""))
+        self.assertEqual(self.exchange("HEAD", "/v1.0/events", None, {}, 1)[0], 401)
+        status, content, answered = self.exchange("OPTIONS", "/v1.0/logs", None, {}, 1)
+        self.assertEqual((status, content), (200, b""))
+        self.assertEqual(answered["Allow"], "GET, HEAD, OPTIONS, POST, PUT")
+        self.assertEqual([r["method"] for r in self.sandbox.requests], ["POST"] + ["HEAD"] * 4)
+        raw = self.sandbox("HEAD", "http://a/v1.0/events", None, headers, 1)
+        self.assertEqual(raw[:2], (200, b""))
+
+    def test_a_compressed_body_is_415_and_says_why(self):
+        headers = {"Authorization": "Bearer chp_x", "Content-Encoding": "gzip"}
+        status, content, _ = self.exchange("POST", "/v1.0/logs", b"\x1f\x8b", headers, 1)
+        error = json.loads(content)["error"]
+        self.assertEqual((status, error["code"]), (415, "UNSUPPORTED_MEDIA_TYPE"))
+        self.assertIn("plain JSON, without Content-Encoding 'gzip'", error["message"])
+        headers["Content-Encoding"] = "identity"
+        self.assertEqual(self.exchange("POST", "/v1.0/logs", b"[]", headers, 1)[0], 400)
+
+    def test_the_header_that_is_refused_is_named(self):
+        for name, value in (("Host", "sandbox:8125"), ("Origin", "https://evil.example")):
+            status, content, _ = self.exchange("GET", "/health", None, {name: value}, 1)
+            self.assertEqual(status, 403)
+            self.assertIn(f"{name} {value!r} is refused", json.loads(content)["error"]["message"])
+            self.connection.close()
+        for value in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8125", ""):
+            self.assertEqual(self.exchange("GET", "/health", None, {"Host": value}, 1)[0], 200)
+
+    def test_on_an_address_that_others_reach_any_host_will_do_and_web_pages_still_not(self):
+        try:
+            server = self.serve("127.0.0.2")
+        except OSError:
+            self.skipTest("this system has one loopback address")
+        for headers, status in (({"Host": "sandbox:8125"}, 200), ({"Origin": "http://a"}, 403)):
+            connection = http.client.HTTPConnection(*server.server_address, timeout=30)
+            self.addCleanup(connection.close)
+            connection.request("GET", "/health", None, headers)
+            self.assertEqual(connection.getresponse().status, status)
 
     def test_a_body_too_large_is_413_also_for_a_client_that_sends_it_all(self):
         for length, body in ((16 * 1024 * 1024 + 1, b"x" * (16 * 1024 * 1024 + 1)), (10**30, b"")):
@@ -6841,7 +7088,7 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
             self.connection.endheaders(body)
             answer = self.connection.getresponse()
             self.assertEqual(answer.status, 413)
-            self.assertIn("error", json.loads(answer.read()))
+            self.assertEqual(json.loads(answer.read())["error"]["code"], "PAYLOAD_TOO_LARGE")
             self.connection.close()
 
     def test_a_body_cut_short_is_not_taken(self):
@@ -6873,6 +7120,514 @@ class SandboxHttpTest(SandboxFlowTest, SandboxRulesTest):
             leave.set()
             self.assertTrue(left.wait(30))
         self.assertEqual(stderr.getvalue(), "")
+
+
+# The tours that clients of other makes take through the API, as they were seen on the wire:
+# METHOD PATH [BODY] -> STATUS [SHAPE or CODE]. {event_id1} is the second event that an answer
+# named, <id> a new UUID, <now> the time in nine digits, <500> as many logs.
+SANDBOX_TOURS = {
+    "go": """
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta":
+  {"tool_name": "browser.open"}, "occurred_at": "0001-01-01T00:00:00Z"}] -> 200
+GET /events -> 200 [Event]
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 1, "meta":
+  {"tool_name": "browser.open"}, "occurred_at": "<now>"}] -> 200
+GET /events -> 200 [Event]
+GET /events/{event_id} -> 200 Event
+PUT /events/{event_id} {"title": "OpenClaw Tool Errors"} -> 200 Event
+POST /events {"agent": "go.1.b", "event": "tool.errors.count"} -> 200 Event
+GET /events/{event_id}/analytics?period=1h&previous=previous_window&view=window -> 200 Analytics
+GET /events/{event_id}/logs?limit=25&period=hour -> 200 [Rollup]
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "period": "hour",
+  "aggregate": "sum", "condition": "gt", "threshold": 5, "enabled": true} -> 200 Policy
+GET /policies -> 200 [Policy]
+GET /policies/{policy_id} -> 200 Policy
+PUT /policies/{policy_id} {"event_id": "", "title": "Updated", "condition": "", "threshold": 0,
+  "enabled": false} -> 200 Policy
+PUT /policies/{policy_id} {"policy_id": "{policy_id}", "event_id": "{event_id}", "title":
+  "Updated", "channel": "ops", "period": "hour", "aggregate": "sum", "condition": "gt",
+  "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "enabled": true} -> 200
+  Destination
+POST /destinations {"channel": "telegram", "credentials": {"bot_token":
+  "123456:telegram-bot-token", "chat_id": "987654321"}, "scope": "all", "enabled": true} -> 200
+  Destination
+GET /destinations -> 200 [Destination]
+GET /destinations/{destination_id} -> 200 Destination
+PUT /destinations/{destination_id} {"channel": "", "scope": "", "enabled": false} -> 200 Destination
+POST /destinations/{destination_id}/test -> 200 Test
+GET /alerts/{alert_id}/deliveries?kind=test&limit=20 -> 200 [Delivery]
+POST /logs [{"log_id": "<id>", "agent": "go.1", "event": "tool.errors.count", "value": 10,
+  "occurred_at": "<now>"}] -> 200
+GET /alerts?status=triggered -> 200 [Alert]
+GET /alerts/{alert_id1} -> 200 Alert
+GET /alerts/{alert_id1}/deliveries?kind=alert&limit=20 -> 200 [Delivery]
+POST /alerts/{alert_id1}/acknowledge -> 200 Alert
+POST /alerts/{alert_id1}/resolve -> 200 Alert
+POST /alerts/{alert_id1}/archive -> 200 Alert
+POST /logs <500> -> 400 BAD_REQUEST
+POST /logs <499> -> 400 BAD_REQUEST
+POST /logs <1> -> 200
+GET /events -> 200 [Event]
+GET /events/{event_id2}/logs?period=day -> 200 [Rollup]
+""",
+    "javascript": """
+POST /logs [{"log_id": "<id>", "event": "tool.errors.count", "value": 1, "agent": "js.1", "meta":
+  {"tool_name": "crm.lookup"}}, {"log_id": "<id>", "event": "tool.errors.count", "value": 2.5,
+  "agent": "js.1", "occurred_at": "2026-03-04T09:39:06.948Z"}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": 0, "agent": "js.1"}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": -1, "agent": "js.1", "meta": [1]}, {"log_id": "<id>", "event":
+  "tool.errors.count", "value": 1, "agent": "js.1", "occurred_at": "<now>"}] -> 200
+GET /events -> 200 [Event]
+GET /events/{event_id} -> 200 Event
+PUT /events/{event_id} {"title": "T", "public": true} -> 200 Event
+GET /events/{event_id} -> 200 Event
+GET /events/{event_id} -> 200 Event
+PUT /events/{event_id} {"event_id": "{event_id}", "event": "tool.errors.count", "agent": "js.1",
+  "title": "T", "description": "", "unit": "", "timezone": "UTC", "public": true, "share_token":
+  "<id>", "user_id": "<id>", "created_at": "<now>"} -> 200 Event
+POST /events {"event": "task.duration_ms", "agent": "js.1", "description": "d", "unit": "ms",
+  "timezone": "UTC", "public": true} -> 200 Event
+POST /events {"event": "tool.errors.count2.js.1"} -> 200 Event
+GET /events/{event_id}/logs?period=hour&limit=25&offset=0 -> 200 [Rollup]
+GET /events/{event_id}/logs -> 400 BAD_REQUEST
+GET /events/{event_id}/analytics?view=window&period=1h&previous=previous_window -> 200 Analytics
+GET /events/{event_id1}/analytics?view=window&period=1h&previous=previous_1d -> 200 Analytics
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors last hour", "channel":
+  "ops", "period": "hour", "aggregate": "sum", "condition": "gt", "threshold": 1, "severity":
+  "warning", "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "x", "period": "hour", "aggregate": "sum",
+  "condition": "gt", "threshold": 5, "severity": "warning", "enabled": true} -> 200 Policy
+GET /policies -> 200 [Policy]
+GET /policies/{policy_id} -> 200 Policy
+PUT /policies/{policy_id} {"title": "Updated"} -> 200 Policy
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [],
+  "enabled": true} -> 200 Destination
+POST /destinations {"channel": "telegram", "enabled": true, "scope": "all", "policy_ids": [],
+  "credentials": {"bot_token": "1:x", "chat_id": "98"}} -> 200 Destination
+POST /destinations {"channel": "email", "enabled": true, "scope": "all", "policy_ids": []} -> 200
+  Destination
+POST /destinations {"channel": "email", "url": "ops@example.com", "enabled": true, "scope": "all",
+  "policy_ids": []} -> 200 Destination
+POST /destinations {"channel": "discord", "url":
+  "https://discord.com/api/webhooks/123456/webhook-token", "enabled": true, "scope": "all",
+  "policy_ids": []} -> 200 Destination
+POST /destinations {"channel": "webhook", "url": "https://example.com/chirpier/alerts",
+  "credentials": {"authorization": "Bearer x"}, "enabled": true, "scope": "all", "policy_ids": []}
+  -> 200 Destination
+GET /destinations -> 200 [Destination]
+GET /destinations/{destination_id} -> 200 Destination
+PUT /destinations/{destination_id} {"enabled": true} -> 200 Destination
+POST /destinations/{destination_id}/test -> 200 Test
+GET /alerts/{alert_id}/deliveries?kind=test -> 200 [Delivery]
+GET /alerts/{alert_id}/deliveries -> 200 []
+GET /alerts/{alert_id} -> 404 NOT_FOUND
+POST /logs [{"log_id": "<id>", "event": "tool.errors.count", "value": 10, "agent": "js.1"}] -> 200
+GET /alerts?status=triggered -> 200 [Alert]
+GET /alerts/{alert_id1} -> 200 Alert
+GET /alerts/{alert_id1}/deliveries?kind=alert&limit=2&offset=0 -> 200 [Delivery]
+POST /alerts/{alert_id1}/acknowledge -> 200 Alert
+POST /alerts/{alert_id1}/resolve -> 200 Alert
+POST /alerts/{alert_id1}/archive -> 200 Alert
+POST /alerts/{alert_id1}/acknowledge -> 422 UNPROCESSABLE
+GET /events/evt_123 -> 400 BAD_REQUEST
+POST /logs <500> -> 400 BAD_REQUEST
+POST /logs <500> -> 400 BAD_REQUEST
+GET /events -> 200 [Event]
+""",
+    "python 0.1.0": """
+POST /logs [{"event": "task.duration_ms", "value": 420, "agent": "py.1", "log_id": "<id>", "meta":
+  {"task_name": "email_triage"}}] -> 200
+POST /logs [{"event": "task.duration_ms", "value": 1530, "agent": "py.1", "log_id": "<id>",
+  "occurred_at": "2026-03-04T08:39:29.014203Z"}, {"event": "task.duration_ms", "value": 1530,
+  "agent": "py.1", "log_id": "<id>", "occurred_at": "2026-03-04T08:39:29.014256Z"}, {"event":
+  "task.duration_ms", "value": 1, "agent": "py.1", "log_id": "<id>", "occurred_at":
+  "2026-03-04T08:39:29+00:00"}, {"event": "task.duration_ms", "value": 1, "log_id": "<id>"},
+  {"event": "a.b", "value": 1, "log_id": "<id>"}, {"event": "a.c", "value": 1.5, "agent": "py.1",
+  "log_id": "<id>", "meta": "text"}] -> 200
+GET /events -> 200 [Event]
+GET /events/{event_id}/analytics?view=window&period=1h&previous=previous_window -> 200 Analytics
+POST /events {"event": "tool.errors.count"} -> 200 Event
+POST /events {"event": "tool.errors.count"} -> 422 UNPROCESSABLE
+PUT /events/{event_id} {"description": "OpenClaw Tool Errors"} -> 200 Event
+POST /policies {"event_id": "{event_id}", "title": "OpenClaw tool errors spike", "condition":
+  "gt", "threshold": 5, "period": "hour", "aggregate": "sum", "enabled": true} -> 200 Policy
+POST /policies {"event_id": "{event_id}", "title": "Policy", "condition": "gt", "threshold": 1} ->
+  400 BAD_REQUEST
+PUT /policies/{policy_id} {"title": "Updated"} -> 200 Policy
+POST /destinations {"channel": "slack", "url":
+  "https://hooks.slack.com/services/T000/B000/secret", "scope": "all", "policy_ids": [],
+  "enabled": true} -> 200 Destination
+POST /destinations {"channel": "slack", "scope": "all", "enabled": true} -> 400 BAD_REQUEST
+GET /destinations/{destination_id} -> 200 Destination
+PUT /destinations/{destination_id} {"enabled": true} -> 200 Destination
+POST /destinations/{destination_id}/test -> 200 Test
+GET /alerts/{alert_id}/deliveries?kind=test -> 200 [Delivery]
+POST /logs [{"event": "task.duration_ms", "value": 420, "agent": "py.1", "log_id": "<id>"}] -> 200
+GET /alerts?status=triggered -> 200 [Alert]
+GET /alerts/{alert_id1} -> 200 Alert
+GET /alerts/{alert_id1}/deliveries?kind=alert&limit=20&offset=0 -> 200 [Delivery]
+GET /events/{event_id}/logs?period=hour&limit=25&offset=0 -> 200 [Rollup]
+GET /events/{event_id}/logs -> 400 BAD_REQUEST
+POST /alerts/{alert_id1}/acknowledge -> 200 Alert
+POST /alerts/{alert_id1}/resolve -> 200 Alert
+POST /alerts/{alert_id1}/archive -> 200 Alert
+POST /logs <500> -> 400 BAD_REQUEST
+POST /logs <1> -> 200
+POST /logs <499> -> 400 BAD_REQUEST
+GET /events -> 200 [Event]
+GET /events/{event_id5}/logs?period=day -> 200 [Rollup]
+""",
+}
+# What these clients send with every request, with a body, and with a POST that has none.
+SANDBOX_TOURISTS = {
+    "go": (
+        {"User-Agent": "chirpier-go/0.4.0", "Accept-Encoding": "gzip"},
+        *[{"Content-Type": "application/json"}] * 2,
+    ),
+    "javascript": (
+        {
+            "User-Agent": "chirpier-js/0.4.0",
+            "Accept": "application/json, text/plain, */*",
+            "Connection": "keep-alive",
+        },
+        {"Content-Type": "application/json"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+    ),
+    "python 0.1.0": (
+        {"User-Agent": "chirrop-py/0.4.0", "Accept-Encoding": "gzip, deflate", "Accept": "*/*"},
+        {"Content-Type": "application/json"},
+        {},
+    ),
+}
+# The contract's objects; the first name is that of the id.
+SANDBOX_SHAPES = {
+    "Event": "event_id event agent title description unit timezone public share_token user_id"
+    " created_at",
+    "Rollup": "event_id agent event period occurred_at count value squares min max",
+    "Analytics": "event_id view period previous data",
+    "Policy": "policy_id event_id title description channel period aggregate condition threshold"
+    " severity enabled",
+    "Alert": "alert_id policy_id event_id agent event title channel period aggregate condition"
+    " threshold severity status value count min max triggered_at acknowledged_at resolved_at",
+    "Delivery": "attempt_id alert_id destination_id channel target status response_status"
+    " error_message created_at",
+    "Destination": "destination_id channel url credentials scope policy_ids enabled created_at"
+    " updated_at last_delivered_at last_error",
+    "Test": "alert_id destination_id status",
+}
+
+
+class SandboxTourTest(SandboxCase):
+    """Clients of other makes, request by request over one kept connection, as they talk."""
+
+    def setUp(self):
+        super().setUp()
+        self.connection = http.client.HTTPConnection(*self.serve().server_address, timeout=30)
+        self.addCleanup(self.connection.close)
+        self.known = {}  # {event_id1} and its like -> the id
+
+    def filled(self, text):
+        for name, found in self.known.items():
+            text = text.replace(name, found)
+        text = text.replace("<now>", f"{self.now:%Y-%m-%dT%H:%M:%S}.207006441Z")
+        count = re.match(r"<(\d+)>$", text)
+        if count:
+            text = json.dumps([{"log_id": "<id>", "event": "big.x", "value": 1}] * int(count[1]))
+        return re.sub("<id>", lambda _: str(uuid.uuid4()), text)
+
+    def learn(self, kind, answer):
+        """Check the shape of an answer, and number the ids in it in the order of their coming."""
+        for item in answer if isinstance(answer, list) else [answer]:
+            names = SANDBOX_SHAPES[kind].split()
+            self.assertEqual(set(item), set(names))
+            same = [name for name in self.known if name.startswith("{" + names[0])]
+            if item[names[0]] not in self.known.values():
+                self.known[f"{{{names[0]}{len(same) or ''}}}"] = item[names[0]]
+
+    def tour(self, client):
+        always, with_body, without = SANDBOX_TOURISTS[client]
+        for line in SANDBOX_TOURS[client].replace("\n  ", " ").strip().splitlines():
+            with self.subTest(line[:120]):
+                request, _, expected = line.rpartition(" -> ")
+                method, path, *rest = request.split(" ", 2)
+                body = self.filled(rest[0]) if rest else ""
+                extra = with_body if body else without if method == "POST" else {}
+                extra = with_body if client == "go" else extra  # with GET, too
+                self.connection.request(
+                    method,
+                    "/v1.0" + self.filled(path),
+                    body or None,
+                    {**always, **extra, "Authorization": "Bearer chp_tour"},
+                )
+                response = self.connection.getresponse()
+                content = response.read()
+                status, _, kind = expected.partition(" ")
+                self.assertEqual(response.status, int(status), content)
+                answer = json.loads(content) if content else None
+                if kind.isupper():
+                    self.assertEqual(answer["error"]["code"], kind)
+                    self.assertTrue(answer["error"]["message"])
+                elif kind in ("", "[]"):
+                    self.assertEqual(answer, [] if kind else None)
+                else:
+                    self.assertEqual(isinstance(answer, list), kind.startswith("["))
+                    self.assertTrue(answer)
+                    self.learn(kind.strip("[]"), answer)
+
+    def test_go(self):
+        self.tour("go")
+        [first, *_] = self.sandbox.logs
+        self.assertEqual(first["occurred_at"], self.now.isoformat()[:-6] + "Z")  # was year 1
+        [policy] = self.ok("GET", "/v1.0/policies")
+        self.assertEqual((policy["condition"], policy["title"]), ("gt", "Updated"))
+        destination = self.ok("GET", "/v1.0/destinations")[0]
+        self.assertEqual(
+            (destination["channel"], destination["scope"], destination["enabled"]),
+            ("slack", "all", False),
+        )
+
+    def test_javascript(self):
+        self.tour("javascript")
+
+    def test_python(self):
+        self.tour("python 0.1.0")
+
+    def test_every_number_of_the_analytics_is_a_number(self):
+        self.tour("javascript")
+        path = "/v1.0/events/{event_id}/analytics?view=window&period=1h&previous=previous_window"
+        data = self.ok("GET", self.filled(path))["data"]
+        self.assertEqual(len(data), 14)
+        self.assertEqual({type(value) for value in data.values()} - {int, float}, set())
+
+
+class SandboxAgainstSdkTest(SandboxCase):
+    """The sandbox's rules and the SDK's, which know nothing of each other, on the same input."""
+
+    LOGS = 40_000 if FULL else 4_000
+    TEXTS = (
+        "",
+        " ",
+        "\t\n",
+        "a",
+        " a.b ",
+        "\x1c",
+        "\u2003",
+        "\u200b",
+        "\ud800",
+        "\0",
+        "ü",
+        "x" * 5000,
+    )
+    OTHERS = (5, 0, True, False, [], {}, ["a"], {"a": 1})
+    BIG = int(sys.float_info.max)
+    NUMBERS = (0, -0.0, 1.5, -3, 2**63, 1e-320, 1e308, BIG, -BIG, BIG + 2**969, 10**300)
+    NO_NUMBERS = (
+        None, True, "1", "", [], {}, 10**400, BIG + 2**970, float("nan"), float("inf"),
+    )  # fmt: skip
+
+    def moment(self, rng):
+        """Return a time near one of the limits, or anywhere, in one of many forms."""
+        near = rng.choice((timedelta(days=-30), timedelta(days=1), timedelta(), timedelta(days=-9)))
+        step = rng.choice(
+            (0, 0, 1, -1, 10**6, -(10**6), rng.randrange(10**12), -rng.randrange(10**12))
+        )
+        at = self.now + near + timedelta(microseconds=step)
+        zone = timezone(timedelta(minutes=rng.choice((0, 0, 330, -765, 1439, -1439))))
+        text = at.astimezone(zone).isoformat()
+        for old, new in (
+            ("+00:00", "Z"), ("T", rng.choice("T t")), ("Z", rng.choice("Zz")),
+            (".", rng.choice(".,")), (":00+", "+"), (text[-3:], text[-2:]),
+            (text[-6:], ""), ("Z", "123Z"), ("Z", ".Z"),
+        ):  # fmt: skip
+            text = text.replace(old, new) if rng.random() < 0.2 else text
+        return text
+
+    @staticmethod
+    def mutated(rng, text):
+        place = rng.randrange(len(text) + 1)
+        piece = rng.choice(("", "-", "_", "+", "0", "9", "g", " ", "{", "\u0661", ":", "99"))
+        return text[:place] + piece + text[place + rng.choice((0, 1)) :]
+
+    def log_id(self, rng):
+        text = str(uuid.UUID(int=rng.getrandbits(128)))
+        forms = (
+            text,
+            text.upper(),
+            f" {text} ",
+            f"{{{text}}}",
+            "urn:uuid:" + text,
+            text.replace("-", ""),
+        )
+        return rng.choice(forms)
+
+    @staticmethod
+    def meta(rng):
+        text = rng.choice(("x", "é", "\U0001f600", '"', "\n", "\x1f", "\u2028"))
+        unit = len(json.dumps(text, ensure_ascii=False).encode()) - 2
+        size = (1022 + rng.choice((0, 0, -9, 1, unit))) // unit
+        return rng.choice((
+            text * size, {"k": text * (size - 6)}, [text] * rng.randrange(500),
+            nested(rng.randrange(1, 600)), [{str(n): n for n in range(20)}],
+            {str(n): n for n in range(rng.choice((0, 1, 9, 10, 11)))}, {"a": {"\udfff": 1}},
+            None, True, 1.5, 10**400, "", "\ud800", float("nan"), [float("inf")],
+        ))  # fmt: skip
+
+    def random_log(self, rng):
+        """Return a log that is good but for about one field."""
+        log = {"event": "a.b", "value": rng.choice(self.NUMBERS)}
+        for name, make in (
+            ("event", lambda: rng.choice(self.TEXTS + self.OTHERS + (None,))),
+            ("value", lambda: rng.choice(self.NO_NUMBERS + self.NUMBERS)),
+            ("agent", lambda: rng.choice(self.TEXTS + self.OTHERS + (None,))),
+            ("log_id", lambda: rng.choice((*self.OTHERS, None, "", " ", "abc"))),
+            ("log_id", lambda: self.log_id(rng)),
+            ("log_id", lambda: self.mutated(rng, self.log_id(rng))),
+            ("occurred_at", lambda: rng.choice((*self.OTHERS, None, "", " ", "now", "2026-03-04"))),
+            ("occurred_at", lambda: self.moment(rng)),
+            ("occurred_at", lambda: self.mutated(rng, self.moment(rng))),
+            ("meta", lambda: self.meta(rng)),
+        ):
+            if rng.random() < 0.12:
+                log[name] = make()
+        return log
+
+    def taken(self, body):
+        """Return the log as the sandbox keeps it, or None where it refuses it."""
+        self.sandbox.reset()
+        headers = {"Authorization": "Bearer chp_x"}
+        status, _, _ = self.sandbox("POST", "http://a/v1.0/logs", b"[%b]" % body, headers, 1)
+        return self.sandbox.logs[0] if status == 200 else None
+
+    @staticmethod
+    def explained(log):
+        """Tell whether the SDK takes more than the service, because it sends another form of it."""
+        text = str(log.get("log_id")).strip().lower()
+        digits = re.sub("urn:|uuid:|[-{}]", "", text)
+        return (
+            bool(re.fullmatch("[0-9a-f]{32}", digits))
+            and "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+            != text
+        )
+
+    def difference(self, log):
+        """Return where the two part on a log, or None."""
+        raw = self.taken(json.dumps(log).encode())
+        try:
+            sent = Log(**log)._body
+        except chirrop.ChirrOpValidationError as exc:
+            return raw and f"the sandbox takes what the SDK refuses: {exc}"
+        kept = self.taken(sent)
+        if kept != json.loads(sent.replace(b".000000Z", b"Z")):
+            return "the sandbox refuses or changes what the SDK sends"
+        if raw is None:
+            return None if self.explained(log) else "the sandbox refuses what the SDK takes"
+        for made in ("log_id", "occurred_at"):
+            if not str(log.get(made) or "").strip():
+                raw.pop(made), kept.pop(made)
+        return None if raw == kept else f"{raw} is not {kept}"
+
+    def differences(self, count, seed=1):
+        """Yield each difference on so many random logs; count in `both` those that both take."""
+        rng, self.both = random.Random(seed), 0
+        with mock.patch.object(time, "time", self.now.timestamp):
+            for _ in range(count):
+                log = self.random_log(rng)
+                difference = self.difference(log)
+                self.both += difference is None and self.sandbox.logs != []
+                if difference:
+                    yield f"{difference}\n    {log!r:.300}"
+
+    def test_they_part_on_none_of_thousands_of_random_logs(self):
+        found = [*self.differences(self.LOGS)]
+        self.assertEqual("\n".join(found[:20]), "")
+        self.assertGreater(self.both, self.LOGS * 0.3)
+        self.assertLess(self.both, self.LOGS * 0.7)
+
+    def test_a_rule_broken_in_either_is_noticed(self):
+        fits, kept = chirrop._sandbox_fits, chirrop._sandbox_log
+        for target, name, broken in (
+            (chirrop, "MAX_META_BYTES", 1100), (chirrop, "MAX_META_KEYS", 11),
+            (chirrop, "MAX_AGE_SECONDS", 31 * 86400.0),
+            (chirrop, "MAX_AHEAD_SECONDS", 86399.0), (chirrop, "_number", lambda value: 1),
+            (chirrop, "_trimmed", lambda name, value: str(value)), (chirrop, "_canonical_id", str),
+            (chirrop, "_encode_meta", json.dumps),
+            (chirrop, "_sandbox_id", lambda name, text: text),
+            (chirrop, "_sandbox_fits", lambda value, rule: value is True or fits(value, rule)),
+            (chirrop, "_sandbox_time", lambda text: self.now),
+            (chirrop, "_sandbox_log", lambda fields, now: kept({**fields, "meta": None}, now)),
+            (chirrop, "_sandbox_log", lambda fields, now: kept({**fields, "event": "a.b"}, now)),
+        ):  # fmt: skip
+            with self.subTest(name), mock.patch.object(target, name, broken):
+                self.assertTrue(next(self.differences(10_000), None))
+
+    def word_calls(self, client):
+        """Yield a call for each place that takes a word of a vocabulary."""
+        self.log(1)
+        self.policy()
+        self.log(1)
+        event_id, alert_id = self.event_id(), self.ok("GET", "/v1.0/alerts")[0]["alert_id"]
+        rule = {"event_id": event_id, "period": "day", "aggregate": "sum", "condition": "eq"}
+        chat = {**SLACK, "credentials": {"bot_token": "x", "chat_id": "y"}}
+        for name in ("period", "aggregate", "condition", "severity"):
+            yield lambda word: client.create_policy({**rule, "threshold": 1, name: word})
+        yield lambda word: client.create_destination({**chat, "channel": word})
+        yield client.list_alerts
+        yield lambda word: client.get_event_logs(event_id, word)
+        yield lambda word: client.get_alert_deliveries(alert_id, kind=word)
+        yield lambda word: client.get_event_analytics(event_id, view=word)
+        yield lambda word: client.get_event_analytics(event_id, period=word)
+        for period in chirrop._SANDBOX_SPANS:
+            yield lambda word: client.get_event_analytics(event_id, period=period, previous=word)
+
+    @staticmethod
+    def passes(call, word, refusal):
+        try:
+            call(word)
+        except ChirrOpError as exc:
+            return not isinstance(exc, refusal)
+        return True
+
+    def word_differences(self):
+        """Yield each word that a client lets pass and the sandbox does not, or the reverse."""
+        tables = [value for name, value in vars(chirrop).items() if re.fullmatch("_[A-Z_]+S", name)]
+        fields = [rule for kind in chirrop._SANDBOX_FIELDS.values() for rule, _ in kind.values()]
+        words = [w for table in tables + fields if type(table) is tuple for w in table]
+        words = {w for w in words if type(w) is str} | {
+            *chirrop._SANDBOX_SPANS,
+            "week",
+            "HOUR",
+            "previous_1h",
+            "2h",
+        }
+        self.assertGreater(len(words), 35)
+        pairs = dict.fromkeys(words, ())
+        with new_client(api_key="chp_x", transport=self.sandbox) as client:
+            for number, call in enumerate(self.word_calls(client)):
+                for word in sorted(words):
+                    told = self.passes(call, word, chirrop.ChirrOpValidationError)
+                    let_pass = mock.patch.object(chirrop, "_choice", lambda name, value, _: value)
+                    with let_pass, mock.patch.object(chirrop, "_ANALYTICS_PAIRS", pairs):
+                        if self.passes(call, word, ChirrOpError) != told:
+                            yield number, word
+
+    def test_they_know_the_same_words(self):
+        self.assertEqual([*self.word_differences()], [])
+
+    def test_a_word_that_one_does_not_know_is_noticed(self):
+        fields = chirrop._SANDBOX_FIELDS["policies"]
+        others = {**fields, "condition": (("gt", "ne"), ...)}
+        for target, name, broken in (
+            (chirrop, "_POLICY_RULES", {**chirrop._POLICY_RULES, "severity": ("info", "bad")}),
+            (chirrop, "_ANALYTICS_PAIRS", {**chirrop._ANALYTICS_PAIRS, "1m": chirrop._PREVIOUS}),
+            (chirrop, "_SANDBOX_STATUSES", (*chirrop._SANDBOX_STATUSES, "new")),
+            (chirrop, "_SANDBOX_FIELDS", {**chirrop._SANDBOX_FIELDS, "policies": others}),
+        ):  # fmt: skip
+            with self.subTest(name), mock.patch.object(target, name, broken):
+                self.sandbox.reset()
+                self.assertTrue([*self.word_differences()])
 
 
 # ---- Command line ---------------------------------------------------------
@@ -6983,7 +7738,8 @@ class CommandLineTest(CommandLineCase):
             (), ("nope",), ("log",), ("log", "x"), ("log", "x", "abc"), ("log", "x", "nan"), ("log", " ", "1"),
             ("log", "x", "1", "--meta", "{"), ("log", "x", "1", "--log-id", "7"), ("log", "-", "1"),
             ("log", "x", "1", "--occurred-at", "soon"), ("log", "-", "--agent", "a"), ("rollups",),
-            ("rollups", "x", "--period", "year"), ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
+            ("rollups", "x", "--period", "year"), ("rollups", "x", "--limit", "0"),
+            ("analytics", "x", "--period", "1d", "--previous", "previous_1d"),
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
@@ -7068,6 +7824,32 @@ class CommandLineTest(CommandLineCase):
                 self.assertIn("█", rows[0])
         rollups = self.json("rollups", "tool.errors.count", "--period", "day", "--limit", "1")
         self.assertEqual((rollups[0]["min"], rollups[0]["max"]), (-5.0, 30.0))
+
+    def test_rollups_show_the_most_recent_buckets_whatever_the_order_of_the_answer(self):
+        now, handlers = datetime.now(timezone.utc), chirrop.Sandbox._ROUTES["events/*/logs"]
+        client = new_client(api_key=CANARY)
+        for minutes in range(130):
+            client.log(Log("a.b", minutes, occurred_at=now - timedelta(minutes=minutes)))
+        self.assertTrue(client.close())
+        newest_first = handlers["GET"]
+
+        def oldest_first(sandbox, path, query, body):
+            rows = newest_first(sandbox, path, {"period": query["period"], "limit": "999"}, body)
+            return chirrop._sandbox_page(rows[::-1], query)
+
+        for handler in (newest_first, oldest_first):
+            with mock.patch.dict(handlers, GET=handler):
+                for arguments, shown in (
+                    ((), 100), (("--limit", "1"), 1), (("--limit", "120"), 120),
+                    (("--limit", "500"), 130), (("--all",), 130),
+                ):  # fmt: skip
+                    with self.subTest(handler.__name__, arguments=arguments):
+                        command = "rollups", "a.b", "--period", "minute", *arguments
+                        rows = json.loads(self.main(*command, "--json")[0])
+                        self.assertEqual([row["value"] for row in rows], [*range(shown)])
+                        chart = self.main(*command)[0].splitlines()
+                        self.assertEqual(len(chart), shown + 1)
+                        self.assertIn(f"{now:%m-%d %H:%M}", chart[-1])
 
     def test_a_chart_without_unicode_is_drawn_in_ascii(self):
         self.send(10, agent="büro")
@@ -7184,10 +7966,29 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual([e["event"] for e in self.json("events", **variables)], ["x"])
         self.assertEqual(self.sandbox.requests, [])
         port = variables["CHIRROP_API_ENDPOINT"].split(":")[2].split("/")[0]
-        self.assertIn("in use", self.cli("sandbox", "--port", port, status=1)[1])
+        refused = self.cli("sandbox", "--port", port, status=1)[1]
+        self.assertIn(f"cannot listen on port {port} of 127.0.0.1: Address already in use", refused)
+        self.assertIn("`--port 0` takes a free one", refused)
         served.send_signal(2)
         self.assertEqual(served.communicate(timeout=LONG), (b"", b""))
         self.assertEqual(served.returncode, 0)
+
+    def test_sandbox_on_another_address_says_what_that_opens(self):
+        served = self.start("sandbox", "--port", "0", "--host", "127.0.0.2", "--quota", "1")
+        line = served.stdout.readline().decode()
+        if not line:
+            self.skipTest("this system has one loopback address")
+        variables = dict(
+            pair.split()[1].split("=") for pair in (line, served.stdout.readline().decode())
+        )
+        self.assertRegex(variables["CHIRROP_SERVICER_ENDPOINT"], r"^http://127\.0\.0\.2:\d+/v1\.0$")
+        self.assertIn(b"chp_", served.stderr.readline())
+        self.assertIn(b"other machines reach it", served.stderr.readline())
+        self.cli("log", "x", "1", **variables)
+        error = self.cli("log", "x", "1", status=1, **variables)[1]
+        self.assertEqual(error, "chirrop: HTTP 403: monthly log quota exceeded\n")
+        served.send_signal(2)
+        self.assertEqual(served.communicate(timeout=LONG), (b"", b""))
 
 
 class CommandLineStreamTest(CommandLineCase):
@@ -7563,6 +8364,15 @@ class HostileTest(TestCase):
                 client.list_events()
             shown = f"{caught.exception} {caught.exception.body!r}"
             self.assertNotIn("canary", shown.replace("\\/", "/"))
+
+    def test_the_key_is_masked_where_a_redirect_or_a_servers_name_quotes_it(self):
+        headers = {"Location": "https://h/chp_canary", "Server": "chp_canary"}
+        for status in (302, 502):
+            client = self.client((status, b"", headers), api_key="chp_canary", servicer_retries=0)
+            with self.assertRaises(ChirrOpError) as caught:
+                client.list_events()
+            self.assertIn("***", str(caught.exception))
+            self.assertNotIn("canary", str(caught.exception))
 
     def test_bytes_in_place_of_a_key_are_not_shown(self):
         try:
