@@ -110,7 +110,7 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from http.server import ThreadingHTTPServer
-    from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
+    from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
     View = Literal["window"]
@@ -470,7 +470,10 @@ def _canonical_id(log_id: object) -> str:
     try:
         return str(uuid.UUID(str(log_id))) if log_id != "" else ""
     except Exception as exc:
-        raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
+        raise ChirrOpValidationError(
+            f"log_id must be a UUID, got {_show(log_id)}: make one from a key of your own with"
+            " uuid.uuid5(uuid.NAMESPACE_URL, key)"
+        ) from exc
 
 
 def _parse_time(value: object) -> datetime:
@@ -498,7 +501,8 @@ def _parse_time(value: object) -> datetime:
         return moment.astimezone(timezone.utc)
     except Exception as exc:  # a hostile tzinfo may raise anything
         raise ChirrOpValidationError(
-            f"occurred_at must be a datetime or ISO 8601 date and time, got {_show(value)}"
+            "occurred_at must be a datetime or ISO 8601 date and time like 2026-01-31T12:00:00Z,"
+            f" got {_show(value)}"
         ) from exc
 
 
@@ -535,7 +539,8 @@ def _encode_json(name: str, value: object) -> bytes:
 def _encode_meta(meta: object) -> str:
     if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
         raise ChirrOpValidationError(
-            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}"
+            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}:"
+            " put the others into one of them"
         )
     try:
         flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
@@ -546,7 +551,8 @@ def _encode_meta(meta: object) -> str:
         size = len(_encode_json("meta", meta))
         if size > MAX_META_BYTES:
             raise ChirrOpValidationError(
-                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}"
+                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}:"
+                " cut its texts, as in repr(error)[:200]"
             )
     return text
 
@@ -567,7 +573,7 @@ def _encode_log(
     if type(event) is not str or not (event := event.strip()):
         event = _trimmed("event", event)
         if not event:
-            raise ChirrOpValidationError("event must not be empty")
+            raise ChirrOpValidationError("event must not be empty: name it like tool.errors.count")
     if type(value) is not int and type(value) is not float:
         value = _number(value)
     try:
@@ -642,7 +648,7 @@ class Log:
         raise AttributeError(f"'Log' object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Log cannot be changed")
+        raise AttributeError("a Log cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -718,18 +724,31 @@ def _read_dotenv(name: str, path: str = ".env") -> str | None:
     return found
 
 
+def _find_key(api_key: object) -> tuple[Any, str]:
+    """Return the key, from the argument, the environment or ./.env, and where it came from."""
+    name = "CHIRROP_API_KEY"
+    if api_key:
+        return _hidden(api_key), "given as api_key"
+    if os.environ.get(name):
+        return _Secret(os.environ[name]), f"from {name} in the environment"
+    return _read_dotenv(name) or _Secret(""), f"from {name} in ./.env"
+
+
 def _checked_key(api_key: object) -> _Secret:
-    """Return the key from the argument, the environment or ./.env, in this order."""
-    key = api_key or os.environ.get("CHIRROP_API_KEY") or _read_dotenv("CHIRROP_API_KEY") or ""
+    key, source = _find_key(api_key)
     if not isinstance(key, str):
-        raise ChirrOpValidationError(f"api_key must be a string, got {type(key).__name__}")
+        raise ChirrOpValidationError(f"api_key must be a string, got {type(api_key).__name__}")
     key = _Secret(key.strip())
     if not key:
-        raise ChirrOpValidationError("API key is required")
+        raise ChirrOpValidationError(
+            "API key is required: give api_key, or set CHIRROP_API_KEY in the environment or ./.env"
+        )
     if not key.startswith("chp_"):
-        raise ChirrOpValidationError("Invalid API key: must start with 'chp_'")
+        raise ChirrOpValidationError(f"Invalid API key: must start with 'chp_' ({source})")
     if not all("!" <= c <= "~" for c in key):
-        raise ChirrOpValidationError("Invalid API key: must be printable ASCII without spaces")
+        raise ChirrOpValidationError(
+            f"Invalid API key: must be printable ASCII without spaces ({source})"
+        )
     return key
 
 
@@ -738,6 +757,7 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     url = value or os.environ.get(variable) or default
     if url == default:
         return url
+    import re
     import urllib.parse
 
     try:
@@ -753,9 +773,13 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
             return url.rstrip("/")
     except (ValueError, TypeError, AttributeError):
         pass
-    # User info may be a password: only the rule is shown, not the URL.
+    shown = type(url).__name__
+    if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
+        _, user_info, rest = url.rpartition("@")
+        shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
     raise ChirrOpValidationError(
-        f"{name} must be an absolute http or https URL without user info, query or fragment"
+        f"{name} must be an absolute http or https URL without user info, query or fragment,"
+        f" got {shown}{'' if value else f' from {variable}'}"
     )
 
 
@@ -832,8 +856,8 @@ class Config:
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
             dropped them; it may log, flush and close, and what it raises is caught and logged.
-        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1 (or
-            true, yes, on).
+        disabled: True checks logs, then discards them: no key, no thread, no network; None is what
+            CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
     Raises:
         ChirrOpValidationError: names the setting, the rule and what was given (never the key).
@@ -859,11 +883,13 @@ class Config:
         ssl_context: Any = None,
         spool: SqliteSpool | str | os.PathLike[str] | None = None,
         on_drop: Callable[[list[dict[str, Any]], ChirrOpError], object] | None = None,
-        disabled: bool = False,
+        disabled: bool | None = None,
     ) -> None:
         api_key = _hidden(api_key)
-        switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
-        off = bool(disabled) or switch in ("1", "true", "yes", "on")
+        _optional("disabled", disabled, "True, False", isinstance(disabled, bool))
+        if disabled is None:
+            switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
+            disabled = switch in ("1", "true", "yes", "on")
         is_path = isinstance(spool, (str, os.PathLike)) and bool(os.fspath(spool))
         if ssl_context is not None:
             import ssl
@@ -875,7 +901,7 @@ class Config:
                 isinstance(ssl_context, ssl.SSLContext),
             )
         self.__dict__.update(
-            api_key=_Secret("") if off and not api_key else _checked_key(api_key),
+            api_key=_Secret("") if disabled and not api_key else _checked_key(api_key),
             api_endpoint=_checked_endpoint(
                 "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
             ),
@@ -901,7 +927,7 @@ class Config:
                 "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
-            disabled=off,
+            disabled=disabled,
         )
 
     if TYPE_CHECKING:
@@ -925,7 +951,7 @@ class Config:
         disabled: bool
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Config cannot be changed")
+        raise AttributeError("a Config cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -2867,6 +2893,26 @@ def _is_repeatable(method: str, path: str) -> bool:
     return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
 
 
+def _no_log(*given: object) -> ChirrOpValidationError:
+    """Return the error for what was given in place of a Log."""
+    return ChirrOpValidationError(
+        f"entry must be a Log, got {', '.join(map(_show, given))}:"
+        " write log(chirrop.Log(event, value)), or try_log(event, value)"
+    )
+
+
+def _as_given(values: Sequence[object]) -> bytes:
+    """Return arguments that make no Log as a JSON object, as near as it can come."""
+    fields = {}
+    for name, value in zip(_LOG_FIELDS, values):
+        try:
+            if value is not None:
+                fields[name] = json.loads(json.dumps(value))
+        except Exception:  # the value's own methods may raise anything
+            fields[name] = _show(value)
+    return json.dumps(fields).encode()
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -2916,7 +2962,7 @@ class Client:
 
     # Events.
 
-    def log(self, entry: Log) -> None:
+    def log(self, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log for sending and return at once; the network is never touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
@@ -2925,14 +2971,14 @@ class Client:
         dropped and reported.
 
         Args:
-            entry: a Log.
+            entry: a Log, and nothing else.
 
         Raises:
             ChirrOpValidationError: `entry` is not a Log.
             ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
         """
-        if type(entry) is not Log and not isinstance(entry, Log):
-            raise ChirrOpValidationError(f"entry must be a Log, got {_show(entry)}")
+        if misplaced or (type(entry) is not Log and not isinstance(entry, Log)):
+            raise _no_log(entry, *misplaced)
         if self.config.disabled:
             return
         sender = self._sender
@@ -2941,6 +2987,48 @@ class Client:
         late = self._outbox.put(entry._body)
         if late:
             sender.report.late(late)
+
+    def try_log(
+        self,
+        event: str,
+        value: float,
+        agent: str | None = None,
+        log_id: object = None,
+        meta: object = None,
+        occurred_at: datetime | str | None = None,
+    ) -> bool:
+        """Make a Log and queue it like `log`, but drop and report one that cannot be taken.
+
+        For error handlers, which must not fail for their telemetry. A log that breaks a rule
+        ("invalid") or finds no room ("full") is counted as accepted and dropped, and reported like
+        every drop: on_drop gets the arguments, with text in place of what JSON cannot hold.
+
+        Args:
+            event, value, agent, log_id, meta, occurred_at: as for Log.
+
+        Returns:
+            False if it was invalid or there was no room; nothing is raised for either.
+        """
+        reason = "invalid"
+        try:
+            entry = Log(event, value, agent, log_id, meta, occurred_at)
+            reason = "full"
+            self.log(entry)
+            return True
+        except ChirrOpError as exc:
+            given = (event, value, agent, log_id, meta, occurred_at)
+            self._refuse(reason, _as_given(given), exc)
+            return False
+
+    def _refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
+        # STAND-IN, to be replaced: the heart's own `refuse` counts and reports this.
+        outbox, report = self._here().outbox, self._sender.report
+        with outbox._lock:
+            outbox._direct += 1
+            drops = outbox._lose(reason, 1, [item], error)
+        _without_key(error, "")  # the tracebacks hold the caller's frames
+        report.drops(drops)
+        report.write()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what was queued before this call, now, and wait for it.
@@ -2998,7 +3086,7 @@ class Client:
         logs = [entries] if isinstance(entries, Log) else list(entries)
         for entry in logs:
             if not isinstance(entry, Log):
-                raise ChirrOpValidationError(f"entries must be Logs, got {_show(entry)}")
+                raise _no_log(entry)
         if self.config.disabled:
             return
         for start in range(0, len(logs), MAX_BATCH):
@@ -3025,11 +3113,15 @@ class Client:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
         `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
-        async functions; each call is measured on its own.
+        async functions; each call is measured on its own. Where the beginning and the end are in
+        two places, like the hooks of a web framework, start() and stop() do the same. What cannot
+        be logged is dropped and reported, as by try_log.
 
             with client.timer("task.duration_ms"): ...
             @client.timer("task.duration_ms", agent="worker")
             async def task(): ...
+            timer = client.timer("request.duration_ms").start()
+            timer.stop("error" if failed else "success")
 
         Args:
             event, agent: as for Log.
@@ -3479,26 +3571,26 @@ class _Timer:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
         self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
-        self._log(0.0, "success")
+        Log(event, 0, agent, meta={**self._meta, "result": "success"})
         self._starts: list[float] = []
 
-    def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(
-            self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result}
-        )
-
-    def __enter__(self) -> _Timer:
+    def start(self) -> _Timer:
+        """Begin to measure, and return this timer; a start within a start has a stop of its own."""
         self._starts.append(time.perf_counter())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        elapsed = (time.perf_counter() - self._starts.pop()) * 1000
-        try:
-            self._client.log(self._log(elapsed, "success" if kind is None else "error"))
-        except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
-            self._client._sender.report.note_once(
-                _WARNING, f"a timer's log was not accepted: {exc}"
+    def stop(self, result: str = "success") -> None:
+        """Log the milliseconds since the last start(); do nothing when there is none to stop."""
+        if self._starts:
+            elapsed = round((time.perf_counter() - self._starts.pop()) * 1000, 3)
+            self._client.try_log(
+                self._event, elapsed, self._agent, meta={**self._meta, "result": result}
             )
+
+    __enter__ = start
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop("success" if kind is None else "error")
 
     def _again(self) -> _Timer:
         return _Timer(self._client, self._event, self._agent, self._meta)
@@ -3537,9 +3629,12 @@ def new_client(
         if fields or api_key is not None:
             raise ChirrOpValidationError("give either a config or its fields, not both")
         return Client(config)
-    unknown = sorted(set(fields) - set(Config.__init__.__annotations__))
+    names = [name for name in Config.__init__.__annotations__ if name != "return"]
+    unknown = sorted(set(fields) - set(names))
     if unknown:
-        raise ChirrOpValidationError(f"Config has no field {', '.join(unknown)}")
+        raise ChirrOpValidationError(
+            f"Config has no field {', '.join(unknown)}: it has {', '.join(names)}"
+        )
     return Client(Config(api_key, **fields))
 
 
@@ -3567,7 +3662,7 @@ class ChirrOp:
         config, api_key = _hidden(config), _hidden(api_key)
         client = None if cls._slot else new_client(config, api_key=api_key, **fields)
         if client is None or cls._slot.setdefault("client", client) is not client:
-            raise ChirrOpError("ChirrOp SDK is already initialized")
+            raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
         return client
 
     @classmethod
@@ -3580,9 +3675,9 @@ class ChirrOp:
             ) from None
 
     @classmethod
-    def log_event(cls, entry: Log) -> None:
+    def log_event(cls, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log; see Client.log. Raises ChirrOpError before initialize()."""
-        cls._get().log(entry)
+        cls._get().log(entry, *misplaced)
 
     @classmethod
     def flush(cls, timeout: float | None = None) -> bool:

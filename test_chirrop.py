@@ -526,12 +526,26 @@ class ConfigTest(TestCase):
             ),
         )  # fmt: skip
 
+    def test_what_code_says_of_disabled_wins_over_the_environment(self):
+        for variable, given, expected in (
+            ("", None, False), ("0", None, False), ("1", None, True), (" On ", None, True),
+            ("1", False, False), ("", True, True), ("0", True, True),
+        ):  # fmt: skip
+            os.environ["CHIRROP_DISABLED"] = variable
+            with self.subTest(variable, given=given):
+                self.assertIs(Config(api_key=KEY, disabled=given).disabled, expected)
+        os.environ["CHIRROP_DISABLED"] = "1"
+        client = self.client(disabled=False)
+        client.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(client.stats().delivered, 1)
+
     def test_wrong_settings_are_refused_by_name(self):
         wrong = {
             "retries": (-1, 1.5, "3", True, None), "servicer_retries": (-1, None), "timeout": (0, -1, "1", float("nan"), 1e9, None, True),
             "batch_size": (0, 1.5, None), "flush_delay": (-1, float("inf"), "x"), "queue_size": (-1, None, 1.0),
             "log_level": (-1, "LOUD", 1.5, None), "on_exhausted": ("", "hold", None), "max_senders": (0, 65, None),
-            "exit_timeout": (-1, float("nan")), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
+            "exit_timeout": (-1, float("nan")), "disabled": (0, 1, "1", "false"), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
             "api_endpoint": ("ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
             "servicer_endpoint": ("file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
         }  # fmt: skip
@@ -543,7 +557,9 @@ class ConfigTest(TestCase):
                 ):
                     Config(**{"api_key": KEY, name: value})
                 self.assertIn(name, str(caught.exception))
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "no field retrys"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError, "no field retrys: it has api_key, .*, disabled$"
+        ):
             new_client(api_key=KEY, retrys=1)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "not both"):
             new_client(Config(api_key=KEY), retries=1)
@@ -559,7 +575,10 @@ class ConfigTest(TestCase):
         self.assertEqual(vars(copy.copy(config)), vars(config))
 
     def test_the_key_comes_from_the_argument_then_the_environment_then_dotenv(self):
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "^API key is required$"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError,
+            r"^API key is required: give api_key, or set CHIRROP_API_KEY .* environment or \./\.env$",
+        ):
             Config()
         pathlib.Path(".env").write_text("CHIRROP_API_KEY=chp_file\n")
         self.assertEqual(Config().api_key, "chp_file")
@@ -569,7 +588,7 @@ class ConfigTest(TestCase):
 
     def test_a_key_of_another_form_is_refused_without_showing_it(self):
         for bad, text in (
-            ("canary", "^Invalid API key: must start with 'chp_'$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
+            ("canary", r"^Invalid API key: must start with 'chp_' \(given as api_key\)$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
             ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"),
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
@@ -581,6 +600,20 @@ class ConfigTest(TestCase):
                         caught.exception, capture_locals=True
                     ).format()
                 ).replace(repr(bad), ""),
+            )
+
+    def test_a_bad_key_is_traced_to_its_source(self):
+        pathlib.Path(".env").write_text("CHIRROP_API_KEY=sk_canary")
+        for fields, variable, source in (
+            ({}, "", "from CHIRROP_API_KEY in ./.env"),
+            ({}, "sk_canary", "from CHIRROP_API_KEY in the environment"),
+            ({"api_key": "sk_canary"}, "chp_good", "given as api_key"),
+        ):
+            os.environ["CHIRROP_API_KEY"] = variable
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Config(**fields)
+            self.assertEqual(
+                str(caught.exception), f"Invalid API key: must start with 'chp_' ({source})"
             )
 
     def test_dotenv_oddities(self):
@@ -614,8 +647,28 @@ class ConfigTest(TestCase):
             Config(api_key=KEY, api_endpoint="https://a/x").api_endpoint, "https://a/x"
         )
         os.environ["CHIRROP_API_ENDPOINT"] = "nonsense"
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "api_endpoint"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError,
+            "^api_endpoint must .*, got 'nonsense' from CHIRROP_API_ENDPOINT$",
+        ):
             Config(api_key=KEY)
+
+    def test_a_wrong_endpoint_is_shown_without_what_may_be_secret(self):
+        for url, shown in (
+            ("htps://host/v1.0/logs", "'htps://host/v1.0/logs'"),
+            ("https://user:canary@host/logs", "'***@host/logs'"),
+            ("https://user:ca/na@ry?canary#canary@host:1/logs", "'***@host:1/logs'"),
+            ("https://host/logs?token=canary", "'https://host/logs?***'"),
+            ("https://host/logs#canary", "'https://host/logs#***'"),
+            ("chp_canary", "'chp_***'"),
+            ("http://host/\x1b[2J", "'http://host/\\x1b[2J'"),
+            (b"https://user:canary@host", "bytes"),
+        ):
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Config(api_key=KEY, servicer_endpoint=url)
+            text = str(caught.exception)
+            self.assertTrue(text.endswith(f", got {shown}"), text)
+            self.assertNotIn("canary", text)
 
     def test_a_level_may_be_a_name(self):
         self.assertEqual(Config(api_key=KEY, log_level="warning").log_level, logging.WARNING)
@@ -4607,6 +4660,85 @@ class ClientTest(TestCase):
         for bad in (None, {"event": "a", "value": 1}, "a", Hostile(), Log):
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "entry must be a Log, got"):
                 client.log(bad)
+        chirrop.initialize(api_key=KEY, transport=FakeTransport())
+        self.addCleanup(chirrop.stop)
+        text = (
+            "entry must be a Log, got 'a.b', 1: write log(chirrop.Log(event, value)),"
+            " or try_log(event, value)"
+        )
+        with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+            client.log("a.b", 1)
+        self.assertEqual(str(caught.exception), text)
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            client.send_logs(["a.b"])
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            chirrop.log_event("a.b", 1)
+
+    def test_try_log_queues_what_log_would_queue(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        log_id = "0b0e2c4e-55a5-4c5e-9a51-0b1c7a3b5d11"
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.assertIs(client.try_log("a.b", 1, "c", log_id, {"d": 2}, at), True)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(transport.logs(), [Log("a.b", 1, "c", log_id, {"d": 2}, at).to_dict()])
+
+    def test_try_log_drops_and_reports_what_breaks_a_rule(self):
+        dropped = []
+        client = self.client(on_drop=lambda logs, error: dropped.append((logs, str(error))))
+        wrong = [
+            ({"event": "", "value": 1}, "event must not be empty"),
+            ({"event": "a", "value": "x", "meta": {"k": [1]}}, "value must be a finite number"),
+            ({"event": "a", "value": 1, "meta": "x" * 2000}, "meta must encode to at most 1024 bytes"),
+            ({"event": "a", "value": 1, "occurred_at": "2001-01-01T00:00:00Z"}, "the last 30 days"),
+        ]  # fmt: skip
+        for fields, text in wrong:
+            self.assertIs(client.try_log(**fields), False)
+            logs, error = dropped.pop()
+            self.assertEqual(logs, [fields])
+            self.assertIn(text, error)
+        for hostile in (Hostile(), HostileDict(a=1), cycle(), nested(100_000), object(), {1, 2}):
+            self.assertIs(client.try_log("a", 1, meta=hostile), False)
+            self.assertEqual(dropped.pop()[0][0]["event"], "a")
+        self.assertIs(client.try_log("a", float("nan"), meta="\udcff"), False)
+        self.assertEqual(dropped.pop()[0][0]["meta"], "\udcff")
+        self.assertEqual(client.stats().dropped, {"invalid": 11})
+        self.assertEqual((client.stats().accepted, client.flush()), (11, True))
+        client.close()
+        said = [r.getMessage() for r in self.records if r.levelno == logging.ERROR]
+        self.assertIn("dropped 1 logs (invalid): event must not be empty", said[0])
+        self.assertIn("dropped 10 logs (invalid)", said[1])
+
+    def test_try_log_drops_what_finds_no_room(self):
+        dropped = []
+        client = self.client(
+            transport=FakeTransport(default=502), queue_size=1, timeout=0.01, retries=0,
+            on_drop=lambda logs, error: dropped.append((logs, type(error))),
+        )  # fmt: skip
+        self.assertIs(client.try_log("a", 1), True)
+        self.assertIs(client.try_log("a", 2), False)
+        self.assertEqual(dropped, [([{"event": "a", "value": 2}], chirrop.ChirrOpQueueFullError)])
+        self.assertEqual(self.assertBalanced(client).dropped, {"full": 1})
+
+    def test_try_log_in_a_logging_handler_does_not_call_itself_for_ever(self):
+        client = self.client()
+        calls = []
+
+        class Handler(logging.Handler):
+            def emit(self, record):
+                calls.append(client.try_log("log.records.count", record.getMessage()))
+
+        logger = logging.getLogger("chirrop")
+        logger.addHandler(handler := Handler())
+        self.addCleanup(logger.removeHandler, handler)
+        logger.error("no number")
+        self.assertEqual(calls, [False, False])  # the second: its own report of the first
+        self.assertEqual(client.stats().dropped, {"invalid": 2})
+
+    def test_try_log_of_a_disabled_client_still_checks(self):
+        client = self.client(AssertionError, disabled=True)
+        self.assertEqual((client.try_log("a", 1), client.try_log("a", "x")), (True, False))
+        self.assertEqual(client.stats().dropped, {"invalid": 1})
 
     def test_no_thread_before_the_first_log_and_none_after_close(self):
         client = self.client()
@@ -5181,9 +5313,32 @@ class TimerTest(TestCase):
         with client.timer("t"):
             pass
         client.flush(LONG)
-        self.assertIn(
-            "a timer's log was not accepted", " ".join(r.getMessage() for r in self.records)
+        self.assertEqual(client.stats().dropped, {"full": 1})
+        self.assertIn("dropped 1 logs (full)", " ".join(r.getMessage() for r in self.records))
+
+    def test_start_and_stop_measure_what_lies_between_two_hooks(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        timer = client.timer("request.ms", agent="web").start()
+        timer.stop()
+        timer.stop()  # a second hook for the end: nothing is running
+        client.timer("never.started").stop("error")
+        client.timer("request.ms").start().stop("error")
+        self.assertTrue(client.flush(LONG))
+        logs = transport.logs()
+        self.assertEqual(
+            [(log["event"], log.get("agent"), log["meta"]) for log in logs],
+            [
+                ("request.ms", "web", {"result": "success"}),
+                ("request.ms", None, {"result": "error"}),
+            ],
         )
+        self.assertTrue(all(0 <= log["value"] < 10_000 for log in logs))
+
+    def test_a_result_that_makes_no_log_is_dropped_and_reported(self):
+        client = self.client()
+        client.timer("request.ms").start().stop("x" * 2000)
+        self.assertEqual(client.stats().dropped, {"invalid": 1})
 
 
 class LambdaTest(TestCase):
@@ -5243,7 +5398,9 @@ class GlobalTest(TestCase):
         chirrop.log_event(Log("a", 1))
         chirrop.ChirrOp.log_event(Log("a", 2))
         self.assertTrue(chirrop.flush(LONG) and chirrop.ChirrOp.flush(LONG))
-        with self.assertRaisesRegex(ChirrOpError, "^ChirrOp SDK is already initialized$"):
+        with self.assertRaisesRegex(
+            ChirrOpError, r"^ChirrOp SDK is already initialized: call stop\(\) first$"
+        ):
             chirrop.ChirrOp.initialize(api_key=KEY)
         self.assertTrue(chirrop.stop())
         self.assertEqual([log["value"] for log in transport.logs()], [1, 2])
