@@ -401,7 +401,7 @@ try:
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
-_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
+_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as Log takes them
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
@@ -4403,8 +4403,10 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 # error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
 
 _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
-_QUEUED_LINES = 5000  # of `log -`: enough to keep the senders busy
+_QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
+_SHOWN_LINES = 3  # of `log -`: bad lines of one kind that are shown; the others are counted
 _CLOCK_SECONDS = 60.0  # that `doctor` lets the clocks differ
+_FIELDS = frozenset(_LOG_FIELDS)
 _DEMO_EVENTS = (
     ("checkout", "http.request.duration_ms", 180.0),
     ("search", "http.request.duration_ms", 45.0),
@@ -4468,9 +4470,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
 
 
 def _figure(value: Any) -> str:
-    """Return a number for people."""
+    """Return a number as charts and tables show it, and anything else as plain text."""
     if not isinstance(value, (int, float)):
-        return "-" if value is None else _plain(value)
+        return _plain(value)
     if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
         return f"{value:.4g}"
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
@@ -4537,7 +4539,7 @@ def _result(args: Any, value: object, show: Callable[[], object]) -> int:
 
 def _table(heads: tuple[str, ...], items: list[Any]) -> None:
     """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
-    rows = [[_plain(item.get(head)) for head in heads] for item in items]
+    rows = [[_figure(item.get(head)) for head in heads] for item in items]
     widths = [max(map(_width, column)) for column in zip(heads, *rows)]
     if not rows:
         _say("there are none")
@@ -4593,9 +4595,16 @@ def _show_analytics(event: Event, answer: Analytics) -> None:
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
 
+_scan_json = json.JSONDecoder().raw_decode  # json.loads takes three times as long for a log
+
+
 def _parsed(name: str, text: str | bytes) -> Any:
     try:
-        return json.loads(text)
+        text = (text.decode() if isinstance(text, bytes) else text).strip("\ufeff \t\r\n")
+        value, end = _scan_json(text)
+        if end == len(text):
+            return value
+        raise ValueError(f"it ends at column {end}, and more follows")
     except (ValueError, RecursionError) as exc:
         raise ChirrOpValidationError(f"{name} must be JSON: {exc}") from exc
 
@@ -4608,8 +4617,13 @@ def _event_named(client: Client, args: Any) -> Event:
         return client.get_event(args.event)
     event = client.find_event(args.event, args.agent)
     if event is None:
+        name = args.event.strip()
+        agents = {e.get("agent") or "" for e in client.list_events() if e.get("event") == name}
+        having = ", ".join(sorted(agent or "no agent at all" for agent in agents))
         raise ChirrOpNotFoundError(
-            f"there is no event {_show(args.event)}; `chirrop events` lists them"
+            f"there is no event {_show(name)} for agent {_show(args.agent)}, but for {having}"
+            if agents
+            else f"there is no event {_show(name)}; `chirrop events` lists them"
         )
     return event
 
@@ -4672,11 +4686,11 @@ def _cmd_log(args: Any) -> int:
     if args.event == "-":
         if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
             raise ChirrOpValidationError(
-                "`log -` reads whole logs from standard input, and takes nothing else"
+                "`log -` reads whole logs from standard input, and takes nothing but --id-from"
             )
         return _log_lines(args)
-    if args.value is None:
-        raise ChirrOpValidationError("`log EVENT` needs a VALUE")
+    if args.value is None or args.id_from:
+        raise ChirrOpValidationError("`log EVENT` needs a VALUE; --id-from is for `log -` alone")
     meta = None if args.meta is None else _parsed("--meta", args.meta)
     entry = Log(args.event, args.value, args.agent, args.log_id, meta, args.occurred_at)
     with new_client(retries=3) as client:
@@ -4690,28 +4704,46 @@ def _cmd_log(args: Any) -> int:
 
 def _log_lines(args: Any) -> int:
     """Send JSON Lines from standard input, in bounded memory."""
-    client = new_client(queue_size=_QUEUED_LINES, retries=5)
-    number = bad = 0
+    client = new_client(retries=5)
+    number = 0
+    bad: dict[str, int] = {}
     with _Progress(client), client:
         try:
             for number, line in enumerate(_lines(sys.stdin.buffer), 1):
                 try:
-                    if line.strip():
-                        _log_patiently(client, _log_of(line))
+                    if not line.isspace():
+                        client.log(_log_of(line, args.id_from))
                 except ChirrOpValidationError as exc:
-                    bad += 1
-                    _say(f"line {number}: {exc}")
+                    _count_bad(bad, number, str(exc))
+                if number % 1000 == 0:
+                    _make_room(client)
         except (ChirrOpError, KeyboardInterrupt) as exc:
-            _say(f"stopped at line {number}: {str(exc) or 'interrupted'}")
+            _say(f"stopped at line {number:,}: {str(exc) or 'interrupted'}")
             client.close(2.0)
+    for kind, count in bad.items():
+        if count > _SHOWN_LINES:
+            _say(f"and {count - _SHOWN_LINES:,} more: {kind}")
     stats = client.stats()
-    account = {"lines": number, "bad": bad, "delivered": stats.delivered, "dropped": stats.dropped}
-    lost = sum(stats.dropped.values())
-    words = f"{number:,} lines: {stats.delivered:,} delivered, {bad:,} bad, {lost:,} dropped"
+    wrong, lost = sum(bad.values()), sum(stats.dropped.values())
+    words = f"{number:,} lines: {stats.delivered:,} delivered, {wrong:,} bad, {lost:,} dropped"
+    account = {
+        "lines": number,
+        "bad": wrong,
+        "delivered": stats.delivered,
+        "dropped": stats.dropped,
+    }
     _result(args, account, lambda: print(words))
     if lost:
         _say(f"the last failure: {stats.last_error}")
-    return 1 if bad or lost or client.config.disabled else 0
+    return 1 if wrong or lost or client.config.disabled else 0
+
+
+def _count_bad(bad: dict[str, int], number: int, text: str) -> None:
+    """Count a bad line by the rule that it breaks; show the first few of each kind."""
+    kind = text.partition(", got ")[0].partition(": ")[0]
+    bad[kind] = bad.get(kind, 0) + 1
+    if bad[kind] <= _SHOWN_LINES:
+        _say(f"line {number:,}: {text}")
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
@@ -4722,24 +4754,45 @@ def _lines(stream: Any) -> Iterator[bytes]:
             line = stream.readline(_MAX_LINE_BYTES)
 
 
-def _log_of(line: bytes) -> Log:
+def _log_of(line: bytes, id_from: list[str] | None) -> Log:
     fields = _parsed("a log", line)
-    if not isinstance(fields, dict) or not fields.keys() <= set(_LOG_FIELDS):
-        raise ChirrOpValidationError(f"a log must be an object of {', '.join(_LOG_FIELDS)}")
-    return Log(**{"event": None, "value": None, **fields})
+    if not isinstance(fields, dict):
+        raise ChirrOpValidationError(f"a log must be a JSON object, got {_show(fields)}")
+    if not fields.keys() <= _FIELDS:
+        unknown = ", ".join(map(_show, fields.keys() - _FIELDS))
+        raise ChirrOpValidationError(
+            f"a log has no fields but {', '.join(_LOG_FIELDS)}, got {unknown}: meta may hold others"
+        )
+    if id_from and not fields.get("log_id"):
+        fields["log_id"] = _derived_id(fields, id_from)
+    arguments: Any = map(fields.get, _LOG_FIELDS)
+    return Log(*arguments)
 
 
-def _log_patiently(client: Client, entry: Log) -> None:
-    """Queue a log, waiting for room as long as anything moves; raise when the service refuses logs."""
-    while "refused" not in client._outbox._dropped:
-        before = client.stats()
-        try:
-            return client.log(entry)
-        except ChirrOpQueueFullError:
-            client.flush()
-            if client.stats()[:3] == before[:3]:  # a full cycle of retries has failed
-                break
-    raise client.stats().last_error or ChirrOpError("the service takes no logs")
+def _derived_id(fields: dict[str, Any], names: list[str]) -> str:
+    """Return a UUID made of agent, event and the named fields: the same row has the same one."""
+    import uuid
+
+    parts = [fields.get("agent"), fields.get("event")]
+    for name in names:
+        inner = name.startswith("meta.")
+        holder = fields.get("meta") if inner else fields
+        part = holder.get(name[5 * inner :]) if isinstance(holder, dict) else None
+        if part is None:
+            raise ChirrOpValidationError(f"the line has no {name}, from which its log_id is made")
+        parts.append(part)
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, _encode_json("log_id", parts).decode()))
+
+
+def _make_room(client: Client) -> None:
+    """Wait while many logs are queued, as long as anything moves; raise when none is taken."""
+    before = client.stats()
+    if before.queued > _QUEUED_LINES:
+        client.flush()
+    stats = client.stats()
+    stuck = (stats.delivered, stats.dropped) == (before.delivered, before.dropped)
+    if "refused" in stats.dropped or (stuck and before.queued > _QUEUED_LINES):
+        raise stats.last_error or ChirrOpError("the service takes no logs")
 
 
 def _cmd_drain(args: Any) -> int:
@@ -4786,16 +4839,17 @@ def _cmd_doctor(args: Any) -> int:
     return 0 if all(entry["ok"] for entry in found) else 1
 
 
-# For the first of these classes in a failure's chain; {} is the variable that holds the endpoint.
+# For the first of these classes in a failure's chain; {} is the variable that is at fault.
 _CURES = {
     "gaierror": "The name has no address: check {}, the network and its DNS server.",
-    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the CA is private,"
-    " set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
-    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is wrong.",
-    "ConnectionRefusedError": "Nothing listens there: check {}, and that the service is running.",
-    "timeout": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "TimeoutError": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "OSError": "Check {}, and the proxy if there is one.",
+    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the"
+    " CA is private, set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
+    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is"
+    " wrong.",
+    "ConnectionRefusedError": "Nothing listens there: check {}, and that it is running.",
+    "timeout": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "TimeoutError": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "OSError": "Check {}.",
 }
 
 
@@ -4804,27 +4858,19 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
     key = ""
     try:
         key = _checked_key(None)
-        source = "the environment" if os.environ.get("CHIRROP_API_KEY") else ".env"
-        yield "key", True, f"from {source}, has the right form"
+        yield "key", True, f"{_find_key(None)[1]}, has the right form"
     except ChirrOpValidationError as exc:
-        yield (
-            "key",
-            False,
-            f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key.",
-        )
+        yield "key", False, f"{exc}. Set CHIRROP_API_KEY to your workspace's key."
     if Config("chp_doctor", DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT).disabled:
-        yield (
-            "switch",
-            False,
-            "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them.",
-        )
+        text = "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them."
+        yield "switch", False, text
     for name, variable, default in (
         ("logs", "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
         ("api", "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT),
     ):
         try:
             yield from _diagnose_endpoint(
-                name, _checked_endpoint(variable, None, variable, default), key, variable
+                name, _checked_endpoint("the URL", None, variable, default), key, variable
             )
         except ChirrOpValidationError as exc:
             yield name, False, f"{exc}. Correct it, or unset it for {default}."
@@ -4833,56 +4879,57 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
 def _diagnose_endpoint(
     name: str, url: str, key: str, variable: str
 ) -> Iterator[tuple[str, bool, str]]:
-    """Check the way to an endpoint with a GET by the client's own transport: proxy, DNS, TLS, answer, clock."""
+    """Check the way to an endpoint by the client's own transport: proxy, DNS, TLS, answer, clock.
+
+    What takes logs is told by its answer to an empty batch: which routes answer a GET, and what
+    OPTIONS says, differs between routers.
+    """
     import email.utils
     import urllib.parse
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
-    proxy = (
-        urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]
-    )  # without its password
-    past = not proxy or urllib.request.proxy_bypass(parts.netloc)
-    yield (
-        name,
-        True,
-        f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}",
-    )
-    headers = {"Authorization": _Secret(f"Bearer {key}")} if key else {}
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    way, fault = "no proxy", variable
+    if proxy and not urllib.request.proxy_bypass(parts.netloc):
+        names = [n for n in os.environ if n.lower() == f"{parts.scheme}_proxy" and os.environ[n]]
+        fault = max(names, default="the system's proxy settings")  # lower case has precedence
+        way = f"by the proxy {proxy.rpartition('@')[2]} of {fault} (NO_PROXY can exempt the host)"
+    yield name, True, f"{url}, {way}"
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = _Secret(f"Bearer {key}")
     transport = _UrllibTransport()
     try:
-        status, body, fields = transport(
-            "GET", url + "/events" * (name == "api"), None, headers, 10
-        )
+        if name == "logs":
+            status, body, fields = transport("POST", url, b"[]", headers, 10)
+        else:
+            status, body, fields = transport("GET", f"{url}/events", None, headers, 10)
     except OSError as exc:
         kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
         cure = next(text for kind, text in _CURES.items() if kind in kinds)
-        yield name, False, f"{_without_key(exc, key)}. {cure.format(variable)}"
+        at_fault = variable if "SSLError" in kinds else fault
+        yield name, False, f"{_without_key(exc, key)}. {cure.format(at_fault)}"
         return
     finally:
         transport.close()
     error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
-    reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
-    if name == "logs" and (status < 300 or 400 <= status < 500):
-        yield (
-            name,
-            True,
-            reached,
-        )  # it takes POST alone, and no log is sent: this answer tells no more
-    elif status in (401, 403):
-        yield (
-            name,
-            not key,
-            f"{error}. The key is wrong, revoked, or of another workspace." if key else reached,
-        )
-    elif error or not body.lstrip().startswith(b"["):
-        yield (
-            name,
-            False,
-            f"{error or 'not a list of events'}. Check {variable}, or try again later.",
-        )
+    text, good = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}", True
+    if status in (401, 403):
+        if key:
+            text, good = f"{error}. The key is wrong, revoked, or of another workspace.", False
+    elif status == 407:
+        text, good = f"{error}. Check {fault}.", False
+    elif name == "logs" and status in (404, 405):
+        text, good = f"{error}. No logs are taken there: check the path of {variable}.", False
+    elif name == "logs" and (status in (400, 422) or not (error or body.lstrip()[:1] == b"<")):
+        text += ", takes logs"
+    elif name == "api" and not error and body.lstrip().startswith(b"["):
+        text += ", key accepted" * bool(key)
     else:
-        yield name, True, f"{reached}, key accepted"
+        what = "no answer of ChirrOp's" if name == "logs" else "not a list of events"
+        text, good = f"{error or what}. Check {variable}, or try again later.", False
+    yield name, good, text
     date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
     if date is not None:
         ahead = time.time() - email.utils.mktime_tz(date)
@@ -4942,11 +4989,11 @@ def _cmd_demo(args: Any) -> int:
         DEFAULT_SERVICER_ENDPOINT,
         log_level="CRITICAL",  # the account tells it all
         transport=sandbox,
+        disabled=False,  # whatever CHIRROP_DISABLED says: nothing leaves this process
         on_drop=lambda dropped, error: lost.extend(
             f"{log['agent']} {log['event']}: {error}" for log in dropped
         ),
     )
-    vars(config)["disabled"] = False  # whatever CHIRROP_DISABLED says: nothing leaves this process
     client, part = Client(config), len(logs) // len(_DEMO_FAULTS)
     with _Progress(client), client:
         for number, fault in enumerate(_DEMO_FAULTS):
@@ -5014,7 +5061,9 @@ def _arguments(argv: list[str] | None) -> Any:
             ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
             ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
-            ("--log-id", {"metavar": "UUID", "help": "default: a random one"})]),
+            ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
+            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: makes each log_id from"
+             " agent, event and these (meta.KEY: from meta), so that lines sent twice count once"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
             event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),
@@ -5032,13 +5081,24 @@ def _arguments(argv: list[str] | None) -> Any:
         (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [
             ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0 takes a free one"})]),
     ]  # fmt: skip
+    parsers = {}
     for run, about, arguments in table:
-        command = commands.add_parser(run.__name__[5:], help=about, description=about)
+        name = run.__name__[5:]
+        parsers[name] = command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        for name, options in arguments:
-            command.add_argument(name, **options)
-    return parser.parse_args(argv)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
+    # Options may stand anywhere: these before the command, too, and all among its arguments.
+    leading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    leading.add_argument("--json", action="store_true")
+    leading.add_argument("--agent", nargs="?")
+    words = list(sys.argv[1:] if argv is None else argv)
+    _, rest = leading.parse_known_args(words)
+    if not rest or rest[0] not in parsers:
+        return parser.parse_args(rest)  # help, the version or an error
+    words.remove(rest[0])
+    return parsers[rest[0]].parse_intermixed_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:

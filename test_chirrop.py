@@ -5492,7 +5492,7 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"}, "os.environ": {"_checked_key", "_checked_endpoint", "Config"},
+            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"}, "os.environ": {"_find_key", "_checked_endpoint", "Config"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"}, "os.open": {"_lock_file", "SqliteSpool"},
             "logging.getLogger": {"_Reporter"}, "os.unlink": {"SqliteSpool"}, "os.replace": {"SqliteSpool"},
         }  # fmt: skip
@@ -7085,6 +7085,8 @@ class CommandLineTest(CommandLineCase):
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
+            ("log", "x", "1", "--id-from", "event"), ("log", "-", "--id-from"), ("--agent", "a"), ("--json",),
+            ("events", "--agent", "a"), ("rollups", "x", "--agent"), ("log", "x", "1", "2"),
         ):  # fmt: skip
             with self.subTest(args):
                 self.send(1, event="x")
@@ -7103,7 +7105,8 @@ class CommandLineTest(CommandLineCase):
         ):
             with self.subTest(args):
                 out, err = self.cli(*args, status=2, CHIRROP_API_KEY="")
-                self.assertEqual((out, err), ("", "chirrop: API key is required\n"))
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"^chirrop: API key is required: give .*\./\.env\n$")
 
     def test_an_error_of_the_service_exits_with_1_in_one_line(self):
         self.sandbox.fail(status=403, body={"error": "not\x1b[2J you"})
@@ -7133,6 +7136,18 @@ class CommandLineTest(CommandLineCase):
                     "occurred_at": at, "log_id": log_id}  # fmt: skip
         self.assertEqual(self.sandbox.logs, [expected])
         self.assertEqual(self.json("log", "x", "1")["log"]["event"], "x")
+
+    def test_options_may_stand_anywhere(self):
+        for args in (
+            ("--json", "--agent", "log", "log", "a.b", "-1"),
+            ("log", "--agent=log", "a.b", "--json", "-1"),
+            ("--agent", "log", "log", "a.b", "-1", "--json"),
+            ("log", "a.b", "--meta", "null", "-1", "--agent", "log", "--json"),
+        ):
+            with self.subTest(args):
+                sent = json.loads(self.main(*args)[0])["log"]
+                self.assertEqual((sent["agent"], sent["event"], sent["value"]), ("log", "a.b", -1))
+        self.assertEqual(json.loads(self.main("alerts", "--json", "--status", "resolved")[0]), [])
 
     def test_log_says_when_logging_is_disabled(self):
         out, _ = self.cli("log", "x", "1", CHIRROP_DISABLED="1")
@@ -7175,16 +7190,31 @@ class CommandLineTest(CommandLineCase):
 
     def test_numbers_are_written_for_people(self):
         for value, text in ((0, "0"), (1234567, "1,234,567"), (1234.5, "1,234.50"), (0.004, "0.004"), (1e300, "1e+300"),
-                            (None, "-"), ("x\x07", "x\\x07"), (-2.0, "-2")):  # fmt: skip
+                            (None, ""), ("x\x07", "x\\x07"), (-2.0, "-2")):  # fmt: skip
             self.assertEqual(chirrop._figure(value), text)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            chirrop._table(
+                ("id", "value"), [{"id": "a", "value": 1234567.0}, {"id": "b", "value": None}]
+            )
+        self.assertEqual(out.getvalue(), "ID  VALUE\na   1,234,567\nb\n")
 
     def test_an_event_must_be_named_unmistakably(self):
         self.send(1, agent="a")
         self.send(1, agent="b")
         self.assertIn("agent must be given", self.cli("rollups", "tool.errors.count", status=2)[1])
         self.assertIn(
-            "there is no event",
+            "there is no event 'tool.errors.count' for agent 'c', but for a, b\n",
             self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1],
+        )
+        self.send(1, event="alone")
+        self.assertIn(
+            "there is no event 'alone' for agent 'c', but for no agent at all\n",
+            self.main("rollups", "alone", "--agent", "c", status=1)[1],
+        )
+        self.assertIn(
+            "there is no event 'tool'; `chirrop events` lists them",
+            self.main("rollups", "tool", status=1)[1],
         )
         self.assertIn(
             "404", self.cli("rollups", "00000000-0000-4000-8000-000000000000", status=1)[1]
@@ -7298,10 +7328,50 @@ class CommandLineStreamTest(CommandLineCase):
         )  # fmt: skip
         out, err = self.cli("log", "-", status=1, input=b"".join(lines))
         self.assertEqual(out, "11 lines: 2 delivered, 8 bad, 0 dropped\n")
+        *shown, more = err.splitlines()
         self.assertEqual(
-            [line.split(":")[1] for line in err.splitlines()], [f" line {n}" for n in range(3, 11)]
+            [line.split(":")[1] for line in shown], [f" line {n}" for n in range(3, 10)]
         )
+        self.assertIn("got 'nope': meta may hold others", err)
+        self.assertEqual(more, "chirrop: and 1 more: a log must be JSON")
         self.assertEqual([log["event"] for log in self.sandbox.logs], ["a", "f"])
+
+    def test_history_that_is_too_old_is_summed_up(self):
+        lines = "".join(
+            f'{{"event": "a.b", "value": {n}, "occurred_at": "20{n % 10:02}-01-01T00:00:00Z"}}\n'
+            for n in range(5000)
+        )
+        out, err = self.cli("log", "-", status=1, input=lines + '{"event":"a.b","value":1}\nno\n')
+        self.assertEqual(out, "5,002 lines: 1 delivered, 5,001 bad, 0 dropped\n")
+        rule = "occurred_at must lie within the last 30 days and at most 1 day ahead"
+        self.assertEqual(
+            err.splitlines(),
+            [
+                *(f"chirrop: line {n + 1}: {rule}, got '200{n}-01-01T00:00:00Z'" for n in range(3)),
+                "chirrop: line 5,002: a log must be JSON: Expecting value: line 1 column 1 (char 0)",
+                f"chirrop: and 4,997 more: {rule}",
+            ],
+        )
+
+    def test_rows_sent_twice_count_once_when_their_ids_are_derived(self):
+        rows = [
+            '{"event":"orders.count","value":1,"agent":"shop","meta":{"order":17}}\n',
+            '{"event":"orders.count","value":1,"agent":"shop","meta":{"order":18}}\n',
+            '{"event":"orders.total","value":9.5,"agent":"shop","meta":{"order":17}}\n',
+        ]
+        given = '{"event":"x","value":1,"log_id":"0b0e2c4e-55a5-4c5e-9a51-0b1c7a3b5d11"}\n'
+        for _ in range(2):
+            self.cli("log", "-", "--id-from", "meta.order", input="".join(rows) + given)
+        ids = [log["log_id"] for log in self.sandbox.logs]
+        self.assertEqual(len(ids), 4)
+        expected = uuid.uuid5(uuid.NAMESPACE_URL, '["shop","orders.count",17]')
+        self.assertEqual((ids[0], ids[3]), (str(expected), json.loads(given)["log_id"]))
+        out, err = self.cli(
+            "log", "-", "--id-from", "meta.order", "value", status=1,
+            input='{"event":"a","value":1}\n{"event":"a","value":1,"meta":{"order":null}}\n' + rows[0],
+        )  # fmt: skip
+        self.assertEqual(out, "3 lines: 1 delivered, 2 bad, 0 dropped\n")
+        self.assertIn("line 2: the line has no meta.order, from which its log_id is made", err)
 
     def test_the_account_as_json(self):
         account = self.json("log", "-", input='{"event":"a","value":1}\n')
@@ -7318,20 +7388,22 @@ class CommandLineStreamTest(CommandLineCase):
     def test_a_refusal_stops_the_stream(self):
         self.sandbox.fail(None, status=401, body={"error": "invalid API key"}, path="/logs")
         out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 60000)
-        self.assertRegex(err, r"stopped at line \d+: HTTP 401: invalid API key")
+        self.assertRegex(err, r"stopped at line [\d,]+: HTTP 401: invalid API key")
         self.assertLess(len(self.sandbox.requests), 60000 / 250)
 
     def test_a_full_queue_is_waited_for_and_given_up_after_a_cycle_of_retries(self):
-        client = self.client(502, 502, queue_size=1, timeout=0.01, retries=1, flush_delay=0)
-        client._outbox.put(Log("a", 1)._body)
-        chirrop._log_patiently(client, Log("a", 2))
-        self.assertTrue(client.flush())
-        client = self.client(
-            queue_size=1, timeout=0.01, retries=1, transport=FakeTransport(default=502)
-        )
-        client.log(Log("a", 1))
-        with self.assertRaisesRegex(ChirrOpError, "HTTP 502"):
-            chirrop._log_patiently(client, Log("a", 2))
+        with unittest.mock.patch.object(chirrop, "_QUEUED_LINES", 0):
+            client = self.client(502, 502, retries=1, flush_delay=0)
+            client.log(Log("a", 1))
+            chirrop._make_room(client)  # the first cycle fails, and the log stays
+            self.assertEqual(self.assertBalanced(client).delivered, 1)
+            client = self.client(retries=1, transport=FakeTransport(default=502))
+            client.log(Log("a", 1))
+            with self.assertRaisesRegex(ChirrOpError, "HTTP 502"):
+                chirrop._make_room(client)
+            client = self.client(400)
+            client.log(Log("a", 1))
+            chirrop._make_room(client)  # a rejected log does not stop the others
 
     def test_ctrl_c_ends_it_quietly_with_what_was_read(self):
         process = self.start("log", "-")
@@ -7488,33 +7560,49 @@ class DoctorTest(CommandLineCase):
         """Return the texts of the failed checks, or of all when there are none."""
         found = self.json("doctor", status=status, **env)
         self.assertEqual(self.sandbox.logs, [])
-        self.assertFalse([r for r in self.sandbox.requests if r["method"] != "GET"])
+        for request in self.sandbox.requests:
+            self.assertIn((request["method"], request["body"]), (("GET", None), ("POST", [])))
         return "\n".join(f"{f['check']}: {f['text']}" for f in found if status == 0 or not f["ok"])
 
     def test_all_is_well(self):
         text = self.doctor(0)
         for line in (
-            "key: from the environment", f"logs: {self.base}/logs, no proxy", "api: reached, key accepted", "clock: "
+            "key: from CHIRROP_API_KEY in the environment, has", f"logs: {self.base}/logs, no proxy",
+            "logs: reached, takes logs", "api: reached, key accepted", "clock: ",
         ):  # fmt: skip
             self.assertIn(line, text)
         self.assertRegex(
-            self.cli("doctor")[0], r"(?m)^ok   key +from the environment, has the right form$"
+            self.cli("doctor")[0],
+            r"(?m)^ok   key +from CHIRROP_API_KEY in the environment, has the right form$",
         )
+        (self.cwd / ".env").write_text(f"CHIRROP_API_KEY={CANARY}\n")
+        self.assertIn("key: from CHIRROP_API_KEY in ./.env", self.doctor(0, CHIRROP_API_KEY=""))
 
     def test_each_fault_is_told_with_its_cure(self):
         free = chirrop._serve_sandbox(self.sandbox)
         port = free.server_address[1]
         free.server_close()
         for env, expected in (
-            ({"CHIRROP_API_KEY": ""}, "key: API key is required. Set CHIRROP_API_KEY"),
-            ({"CHIRROP_API_KEY": "sk_canary"}, "key: Invalid API key: must start with 'chp_'. Set"),
+            ({"CHIRROP_API_KEY": ""}, "key: API key is required: give api_key, or set"),
+            (
+                {"CHIRROP_API_KEY": "sk_canary"},
+                "must start with 'chp_' (from CHIRROP_API_KEY in the environment). Set CHIRROP_A",
+            ),
             (
                 {"CHIRROP_DISABLED": "1"},
                 "switch: CHIRROP_DISABLED is set: logs are checked and discarded",
             ),
             (
                 {"CHIRROP_API_ENDPOINT": "logs.example"},
-                "logs: CHIRROP_API_ENDPOINT must be an absolute http",
+                "got 'logs.example' from CHIRROP_API_ENDPOINT. Correct it, or unset it for https",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": f"{self.base}/log"},
+                "logs: HTTP 404: no such route. No logs are taken there: check the path of CHIRROP_A",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": self.base},
+                "No logs are taken there: check the path of CHIRROP_API_ENDPOINT",
             ),
             (
                 {"CHIRROP_SERVICER_ENDPOINT": "http://nowhere.invalid"},
@@ -7540,9 +7628,32 @@ class DoctorTest(CommandLineCase):
         self.sandbox.fail(status=401, body={"error": f"bad key {CANARY}"}, path="/events")
         self.assertIn("api: HTTP 401: bad key ***. The key is wrong", self.doctor())
 
+    def test_a_dead_proxy_is_named_by_its_own_variable(self):
+        free = chirrop._serve_sandbox(self.sandbox)
+        proxy = f"http://127.0.0.1:{free.server_address[1]}"
+        free.server_close()
+        https = {"CHIRROP_API_ENDPOINT": "https://x.invalid/v1.0/logs"}
+        for env, variable in (
+            ({"HTTP_PROXY": proxy}, "HTTP_PROXY"),
+            ({"http_proxy": proxy, "HTTP_PROXY": "http://unused"}, "http_proxy"),
+            ({"HTTPS_PROXY": proxy, **https}, "HTTPS_PROXY"),
+            ({"http_proxy": "http://proxy.invalid:1"}, "http_proxy"),
+        ):
+            with self.subTest(variable):
+                text = self.doctor(no_proxy="", **env)
+                self.assertRegex(text, f"logs: cannot connect to .*: check {variable}, ")
+                self.assertNotIn("check CHIRROP_API_ENDPOINT", text)
+
+    def test_a_proxy_that_wants_a_password(self):
+        self.sandbox.fail(status=407, body={"error": "who are you"}, path="/logs")
+        proxy = self.base[: -len("/v1.0")]
+        self.assertIn("Check http_proxy.", self.doctor(http_proxy=proxy, no_proxy=""))
+
     def test_an_answer_of_something_else(self):
         self.sandbox.fail(status=200, body="<html>please log in</html>", path="/events")
         self.assertIn("api: not a list of events. Check CHIRROP_SERVICER_ENDPOINT", self.doctor())
+        self.sandbox.fail(status=200, body="<html>please log in</html>", path="/logs")
+        self.assertIn("logs: no answer of ChirrOp's. Check CHIRROP_API_ENDPOINT", self.doctor())
         self.sandbox.fail(status=302, headers={"Location": "http://x"}, path="/logs")
         self.assertIn("logs: HTTP 302: redirects are not followed", self.doctor())
 
@@ -7573,7 +7684,7 @@ class DoctorTest(CommandLineCase):
     def test_the_proxy_in_use_is_shown_without_its_password(self):
         proxy = f"http://user:{CANARY}@{self.base.split('/')[2]}"
         text = self.doctor(0, http_proxy=proxy, no_proxy="")
-        self.assertIn(f"by the proxy {self.base.split('/')[2]}", text)
+        self.assertIn(f"by the proxy {self.base.split('/')[2]} of http_proxy", text)
         self.assertIn("no proxy", self.doctor(0, http_proxy=proxy, no_proxy="127.0.0.1"))
 
 
