@@ -1400,6 +1400,24 @@ class SpoolTest(ProcessTestCase):
             client.log(Log("x", count))
             self.assertEqual(self.rows(path), count)
 
+    def test_leaving_with_takes_at_most_exit_timeout_where_the_log_is_on_disk(self):
+        path, transport = self.spool(), FakeTransport()
+        busy = FakeTransport(default=(429, b"", {"Retry-After": "300"}))
+        client = self.client(spool=path, transport=busy, exit_timeout=0.05)
+        entry = Log("x", 1)
+
+        def job():
+            with client:
+                client.log(entry)
+
+        leaving = threading.Thread(target=job, daemon=True)
+        leaving.start()
+        leaving.join(LONG)
+        self.assertFalse(leaving.is_alive())
+        again = self.client(spool=path, transport=transport, flush_delay=0)
+        self.assertTrue(again.flush(LONG))
+        self.assertEqual(ids(transport.logs()), [entry.log_id])
+
     def test_log_survives_kill_9_and_the_next_run_sends_it_under_the_same_id(self):
         path = self.spool()
         done = self.python(
@@ -1655,6 +1673,17 @@ class SpoolMisuseTest(ProcessTestCase):
                 SqliteSpool(*arguments)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "synchronous"):
             SqliteSpool("x", synchronous="OFF")
+
+    def test_a_required_spool_that_cannot_be_used_raises_when_the_client_is_made(self):
+        folder = self.folder()
+        (folder / "notes").write_text("no database, and long enough to be taken for one" * 100)
+        for path in (folder / "missing" / "x.spool", folder, folder / "notes" / "x.spool"):
+            with self.subTest(path.name), self.assertRaisesRegex(ChirrOpError, "spool"):
+                self.client(spool=SqliteSpool(path, required=True))
+        client = self.client(spool=SqliteSpool(folder / "good.spool", required=True))
+        client.log(Log("x", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.records, [])
 
     def test_making_a_spool_or_a_client_touches_no_file(self):
         path = self.spool()
@@ -8320,6 +8349,64 @@ class DocsTest(TestCase):
         for name in chirrop.__all__:
             if name.endswith("Error") and name != "ChirrOpError":
                 self.assertIn(f"| `{name}` |", self.README)
+
+    def test_the_session_works_as_typed(self):
+        sandbox = Sandbox()
+        server = chirrop._serve_sandbox(sandbox)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(lambda: (server.shutdown(), thread.join(LONG), server.server_close()))
+        block = self.README.split("A session against")[1].split("```")[1].strip()
+        typed = "\n".join(line[2:] for line in block.splitlines() if line.startswith("$ "))
+        shown = [line for line in block.splitlines() if not line.startswith("$ ")]
+        typed = typed.replace("8125", str(server.server_port)).replace(
+            "python3 chirrop.py", f"'{sys.executable}' '{HERE / 'chirrop.py'}'"
+        )
+        done = subprocess.run(
+            ["sh", "-c", f"exec 2>&1\n{typed}"], capture_output=True, text=True, timeout=LONG,
+            encoding="utf-8", cwd=self.folder(), env={**os.environ, "PYTHONUTF8": "1"},
+        )  # fmt: skip
+
+        def alike(lines):  # the chart depends on the hour, an id on chance
+            lines = [re.sub("[0-9a-f]{8}-[0-9a-f-]{27}", "ID", x) for x in lines if "█" not in x]
+            return [re.sub(r"(?<=\d) {6,}.*", "", line) for line in lines]  # a window without logs
+
+        self.assertEqual(alike(done.stdout.splitlines()), alike(shown))
+        self.assertIn("█", done.stdout)
+
+    def test_what_a_log_may_be_names_every_argument_and_limit(self):
+        import inspect
+
+        part = self.README.split("## What a `Log` may be")[1].split("##")[0]
+        names = re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)
+        self.assertEqual(names, list(inspect.signature(Log).parameters))
+        for limit in (
+            f"{chirrop.MAX_META_BYTES:,} bytes",
+            f"{chirrop.MAX_META_KEYS} top-level keys",
+            f"{chirrop.MAX_AGE_SECONDS / 86400:.0f} days",
+            f"{chirrop.MAX_AHEAD_SECONDS / 86400:.0f} day ahead",
+        ):
+            self.assertIn(limit, part)
+
+    def test_every_vocabulary_is_in_its_table(self):
+        part = self.README.split("### Vocabularies")[1].split("## Testing")[0]
+        for words in (
+            chirrop._PERIODS, chirrop._WINDOWS, chirrop._PREVIOUS, chirrop._AGGREGATES, chirrop._CONDITIONS,
+            chirrop._SEVERITIES, chirrop._CHANNELS, chirrop._ALERT_STATUSES,
+        ):  # fmt: skip
+            for word in words:
+                self.assertIn(f"`{word}`", part)
+
+    def test_the_readmes_own_unit_test_passes_with_logging_disabled(self):
+        block = next(
+            b for b in re.findall(r"```python\n(.*?)```", self.README, re.S) if "TestCase" in b
+        )
+        os.environ["CHIRROP_DISABLED"] = "1"
+        scope = {"__name__": "readme"}
+        exec(compile(block, "README.md", "exec"), scope)
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(scope["CheckoutTest"]).run(result)
+        self.assertTrue(result.wasSuccessful() and result.testsRun, result.failures)
 
     def test_settings_and_their_defaults_are_those_of_config(self):
         import inspect
