@@ -4652,7 +4652,9 @@ def _cmd_analytics(args: Any) -> int:
 
 def _cmd_alerts(args: Any) -> int:
     if args.action and (args.id is None or args.status):
-        raise ChirrOpValidationError(f"`alerts {args.action}` takes the ID of one alert")
+        raise ChirrOpValidationError(
+            f"`alerts {args.action}` takes the ID of an alert: `alerts` lists them"
+        )
     with new_client() as client:
         moves = {
             "ack": client.acknowledge_alert,

@@ -480,6 +480,24 @@ class LogTest(TestCase):
             ):
                 chirrop._encode_log(now, "a", 1, None, None, None, at)
 
+    def test_what_is_refused_comes_with_what_to_do(self):
+        for fields, remedy in (
+            ({"event": " "}, "name it like tool.errors.count"),
+            ({"log_id": "order-17"}, "got 'order-17': make one .* uuid.uuid5(uuid.NAMESPACE_URL, key)"),
+            ({"meta": "x" * 5000}, "got 5002: cut its texts, as in repr(error)[:200]"),
+            ({"meta": dict.fromkeys("abcdefghijkl")}, "got 12: put the others into one of them"),
+            ({"occurred_at": 1_700_000_000}, "like 2026-01-31T12:00:00Z, got 1700000000"),
+        ):  # fmt: skip
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Log(**{"event": "a", "value": 1, **fields})
+            for part in remedy.split(" .* "):
+                self.assertIn(part, str(caught.exception))
+
+    def test_a_long_error_fits_into_meta_as_the_readme_cuts_it(self):
+        for text in ("é" * 5000, "\U0001f600" * 5000, '\x00"\\' * 5000, "\udcff" * 5000):
+            for error in (RuntimeError(text), OSError(2, text, text)):
+                Log("a", 1, meta={"error": repr(error)[:200], "path": "/" * 100})
+
     def test_naive_times_are_utc_whatever_the_local_zone(self):
         code = (
             "from chirrop import Log; from datetime import datetime, timezone\n"
@@ -4698,6 +4716,8 @@ class ClientTest(TestCase):
         with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
             client.log("a.b", 1)
         self.assertEqual(str(caught.exception), text)
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            client.log(Log("a", 1), Log("b", 2))
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
             client.send_logs(["a.b"])
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
