@@ -4881,28 +4881,16 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
 def _diagnose_endpoint(
     name: str, url: str, key: str, variable: str
 ) -> Iterator[tuple[str, bool, str]]:
-    """Check the way to an endpoint by the client's own transport: proxy, DNS, TLS, answer, clock.
-
-    What takes logs is told by its answer to an empty batch: which routes answer a GET, and what
-    OPTIONS says, differs between routers.
-    """
-    import email.utils
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme, "")
-    way, fault = "no proxy", variable
-    if proxy and not urllib.request.proxy_bypass(parts.netloc):
-        names = [n for n in os.environ if n.lower() == f"{parts.scheme}_proxy" and os.environ[n]]
-        fault = max(names, default="the system's proxy settings")  # lower case has precedence
-        way = f"by the proxy {proxy.rpartition('@')[2]} of {fault} (NO_PROXY can exempt the host)"
+    """Check the way to an endpoint by the client's transport: proxy, DNS, TLS, answer, clock."""
+    way, fault = _way_to(url, variable)
     yield name, True, f"{url}, {way}"
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = _Secret(f"Bearer {key}")
     transport = _UrllibTransport()
     try:
+        # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
+        # OPTIONS says, differs between routers.
         if name == "logs":
             status, body, fields = transport("POST", url, b"[]", headers, 10)
         else:
@@ -4915,33 +4903,57 @@ def _diagnose_endpoint(
         return
     finally:
         transport.close()
-    error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
-    text, good = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}", True
+    if status == 407:
+        variable = fault
+    good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
+    trusted = ", certificate trusted" if url.startswith("https") else ""
+    yield name, good, f"reached{trusted}{text}" if good else text
+    if name == "api":
+        yield from _diagnose_clock(fields.get("Date", ""))
+
+
+def _way_to(url: str, variable: str) -> tuple[str, str]:
+    """Return the proxy on the way, for people, and the variable that says where to connect."""
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # no password
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return "no proxy", variable
+    names = [n for n in os.environ if n.lower() == f"{parts.scheme}_proxy" and os.environ[n]]
+    variable = max(names, default="the system's proxy settings")  # lower case has precedence
+    return f"by the proxy {proxy} of {variable} (NO_PROXY can exempt the host)", variable
+
+
+def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[bool, str]:
+    """Return whether an endpoint answers as its route does, and what to say or to do about it."""
+    status, start = answer.status, answer.body.lstrip()[:1]
+    fine = 200 <= status < 300
+    error = "" if fine else str(answer.error())
     if status in (401, 403):
-        if key:
-            text, good = f"{error}. The key is wrong, revoked, or of another workspace.", False
-    elif status == 407:
-        text, good = f"{error}. Check {fault}.", False
-    elif name == "logs" and status in (404, 405):
-        text, good = f"{error}. No logs are taken there: check the path of {variable}.", False
-    elif name == "logs" and (status in (400, 422) or not (error or body.lstrip()[:1] == b"<")):
-        text += ", takes logs"
-    elif name == "api" and not error and body.lstrip().startswith(b"["):
-        text += ", key accepted" * bool(key)
-    else:
-        what = "no answer of ChirrOp's" if name == "logs" else "not a list of events"
-        text, good = f"{error or what}. Check {variable}, or try again later.", False
-    yield name, good, text
-    date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
-    if date is not None:
-        ahead = time.time() - email.utils.mktime_tz(date)
+        wrong = f"{error}. The key is wrong, revoked, or of another workspace."
+        return (False, wrong) if has_key else (True, "")
+    if name == "api" and fine and start == b"[":
+        return True, ", key accepted" if has_key else ""
+    if name == "logs" and (status in (400, 422) or (fine and start != b"<")):
+        return True, ", takes logs"
+    if name == "logs" and status in (404, 405):
+        return False, f"{error}. No logs are taken there: check the path of {variable}."
+    what = "not a list of events" if name == "api" else "no answer of ChirrOp's"
+    return False, f"{error or what}. Check {variable}, or try again later."
+
+
+def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
+    import email.utils
+
+    moment = email.utils.parsedate_tz(date)
+    if moment is not None:
+        ahead = time.time() - email.utils.mktime_tz(moment)
         words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        yield (
-            "clock",
-            good,
-            words if good else f"{words}. Correct this computer's: logs take their time from it.",
-        )
+        cure = ". Correct this computer's: logs take their time from it."
+        yield "clock", good, words if good else words + cure
 
 
 def _cmd_sandbox(args: Any) -> int:
@@ -5064,8 +5076,8 @@ def _arguments(argv: list[str] | None) -> Any:
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
             ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
             ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
-            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: makes each log_id from"
-             " agent, event and these (meta.KEY: from meta), so that lines sent twice count once"})]),
+            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of agent,"
+             " event and these (meta.KEY: of meta), so that lines sent twice count once"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
             event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),

@@ -483,7 +483,7 @@ class LogTest(TestCase):
     def test_what_is_refused_comes_with_what_to_do(self):
         for fields, remedy in (
             ({"event": " "}, "name it like tool.errors.count"),
-            ({"log_id": "order-17"}, "got 'order-17': make one .* uuid.uuid5(uuid.NAMESPACE_URL, key)"),
+            ({"log_id": "x-17"}, "got 'x-17': make one .* uuid.uuid5(uuid.NAMESPACE_URL, key)"),
             ({"meta": "x" * 5000}, "got 5002: cut its texts, as in repr(error)[:200]"),
             ({"meta": dict.fromkeys("abcdefghijkl")}, "got 12: put the others into one of them"),
             ({"occurred_at": 1_700_000_000}, "like 2026-01-31T12:00:00Z, got 1700000000"),
@@ -563,7 +563,9 @@ class ConfigTest(TestCase):
             "retries": (-1, 1.5, "3", True, None), "servicer_retries": (-1, None), "timeout": (0, -1, "1", float("nan"), 1e9, None, True),
             "batch_size": (0, 1.5, None), "flush_delay": (-1, float("inf"), "x"), "queue_size": (-1, None, 1.0),
             "log_level": (-1, "LOUD", 1.5, None), "on_exhausted": ("", "hold", None), "max_senders": (0, 65, None),
-            "exit_timeout": (-1, float("nan")), "disabled": (0, 1, "1", "false"), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
+            "exit_timeout": (-1, float("nan")), "disabled": (0, 1, "1", "false"),
+            "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()),
+            "on_drop": (1,),
             "api_endpoint": ("ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
             "servicer_endpoint": ("file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
         }  # fmt: skip
@@ -595,7 +597,7 @@ class ConfigTest(TestCase):
     def test_the_key_comes_from_the_argument_then_the_environment_then_dotenv(self):
         with self.assertRaisesRegex(
             chirrop.ChirrOpValidationError,
-            r"^API key is required: give api_key, or set CHIRROP_API_KEY .* environment or \./\.env$",
+            r"^API key is required: give api_key, or set CHIRROP_API_KEY .* or \./\.env$",
         ):
             Config()
         pathlib.Path(".env").write_text("CHIRROP_API_KEY=chp_file\n")
@@ -606,7 +608,8 @@ class ConfigTest(TestCase):
 
     def test_a_key_of_another_form_is_refused_without_showing_it(self):
         for bad, text in (
-            ("canary", r"^Invalid API key: must start with 'chp_' \(given as api_key\)$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
+            ("canary", r"^Invalid API key: must start with 'chp_' \(given as api_key\)$"),
+            ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
             ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"),
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
@@ -4738,7 +4741,7 @@ class ClientTest(TestCase):
         wrong = [
             ({"event": "", "value": 1}, "event must not be empty"),
             ({"event": "a", "value": "x", "meta": {"k": [1]}}, "value must be a finite number"),
-            ({"event": "a", "value": 1, "meta": "x" * 2000}, "meta must encode to at most 1024 bytes"),
+            ({"event": "a", "value": 1, "meta": "x" * 2000}, "meta must encode to at most 1024"),
             ({"event": "a", "value": 1, "occurred_at": "2001-01-01T00:00:00Z"}, "the last 30 days"),
         ]  # fmt: skip
         for fields, text in wrong:
@@ -7134,7 +7137,8 @@ class CommandLineTest(CommandLineCase):
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
-            ("log", "x", "1", "--id-from", "event"), ("log", "-", "--id-from"), ("--agent", "a"), ("--json",),
+            ("log", "x", "1", "--id-from", "event"), ("log", "-", "--id-from"),
+            ("--agent", "a"), ("--json",),
             ("events", "--agent", "a"), ("rollups", "x", "--agent"), ("log", "x", "1", "2"),
         ):  # fmt: skip
             with self.subTest(args):
@@ -7397,7 +7401,8 @@ class CommandLineStreamTest(CommandLineCase):
             err.splitlines(),
             [
                 *(f"chirrop: line {n + 1}: {rule}, got '200{n}-01-01T00:00:00Z'" for n in range(3)),
-                "chirrop: line 5,002: a log must be JSON: Expecting value: line 1 column 1 (char 0)",
+                "chirrop: line 5,002: a log must be JSON:"
+                " Expecting value: line 1 column 1 (char 0)",
                 f"chirrop: and 4,997 more: {rule}",
             ],
         )
@@ -7417,7 +7422,8 @@ class CommandLineStreamTest(CommandLineCase):
         self.assertEqual((ids[0], ids[3]), (str(expected), json.loads(given)["log_id"]))
         out, err = self.cli(
             "log", "-", "--id-from", "meta.order", "value", status=1,
-            input='{"event":"a","value":1}\n{"event":"a","value":1,"meta":{"order":null}}\n' + rows[0],
+            input='{"event":"a","value":1}\n{"event":"a","value":1,"meta":{"order":null}}\n'
+            + rows[0],
         )  # fmt: skip
         self.assertEqual(out, "3 lines: 1 delivered, 2 bad, 0 dropped\n")
         self.assertIn("line 2: the line has no meta.order, from which its log_id is made", err)
@@ -7616,7 +7622,8 @@ class DoctorTest(CommandLineCase):
     def test_all_is_well(self):
         text = self.doctor(0)
         for line in (
-            "key: from CHIRROP_API_KEY in the environment, has", f"logs: {self.base}/logs, no proxy",
+            "key: from CHIRROP_API_KEY in the environment, has",
+            f"logs: {self.base}/logs, no proxy",
             "logs: reached, takes logs", "api: reached, key accepted", "clock: ",
         ):  # fmt: skip
             self.assertIn(line, text)
@@ -7647,7 +7654,7 @@ class DoctorTest(CommandLineCase):
             ),
             (
                 {"CHIRROP_API_ENDPOINT": f"{self.base}/log"},
-                "logs: HTTP 404: no such route. No logs are taken there: check the path of CHIRROP_A",
+                "logs: HTTP 404: no such route. No logs are taken there: check the path of CHI",
             ),
             (
                 {"CHIRROP_API_ENDPOINT": self.base},
@@ -7696,7 +7703,7 @@ class DoctorTest(CommandLineCase):
     def test_a_proxy_that_wants_a_password(self):
         self.sandbox.fail(status=407, body={"error": "who are you"}, path="/logs")
         proxy = self.base[: -len("/v1.0")]
-        self.assertIn("Check http_proxy.", self.doctor(http_proxy=proxy, no_proxy=""))
+        self.assertIn("Check http_proxy, or try", self.doctor(http_proxy=proxy, no_proxy=""))
 
     def test_an_answer_of_something_else(self):
         self.sandbox.fail(status=200, body="<html>please log in</html>", path="/events")
@@ -8411,15 +8418,15 @@ class DocsTest(TestCase):
     def test_every_vocabulary_is_in_its_table(self):
         part = self.README.split("### Vocabularies")[1].split("## Testing")[0]
         for words in (
-            chirrop._PERIODS, chirrop._WINDOWS, chirrop._PREVIOUS, chirrop._AGGREGATES, chirrop._CONDITIONS,
-            chirrop._SEVERITIES, chirrop._CHANNELS, chirrop._ALERT_STATUSES,
+            chirrop._PERIODS, chirrop._WINDOWS, chirrop._PREVIOUS, chirrop._AGGREGATES,
+            chirrop._CONDITIONS, chirrop._SEVERITIES, chirrop._CHANNELS, chirrop._ALERT_STATUSES,
         ):  # fmt: skip
             for word in words:
                 self.assertIn(f"`{word}`", part)
 
     def test_the_readmes_own_unit_test_passes_with_logging_disabled(self):
         block = next(
-            b for b in re.findall(r"```python\n(.*?)```", self.README, re.S) if "TestCase" in b
+            b for b in re.findall(r"```python\n(.*?)```", self.README, re.DOTALL) if "TestCase" in b
         )
         os.environ["CHIRROP_DISABLED"] = "1"
         scope = {"__name__": "readme"}
