@@ -5076,8 +5076,8 @@ def _arguments(argv: list[str] | None) -> Any:
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
             ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
             ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
-            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of agent,"
-             " event and these (meta.KEY: of meta), so that lines sent twice count once"})]),
+            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of"
+             " agent, event and these (meta.KEY: of meta): lines sent twice count once"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
             event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),
