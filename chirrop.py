@@ -115,7 +115,7 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from http.server import ThreadingHTTPServer
-    from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
+    from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
     View = Literal["window"]
@@ -410,7 +410,7 @@ try:
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
-_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
+_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as Log takes them
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
@@ -484,7 +484,10 @@ def _canonical_id(log_id: object) -> str:
             raise ValueError("not 32 hexadecimal digits")
         return str(made)
     except Exception as exc:
-        raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
+        raise ChirrOpValidationError(
+            f"log_id must be a UUID, got {_show(log_id)}: make one from a key of your own with"
+            " uuid.uuid5(uuid.NAMESPACE_URL, key)"
+        ) from exc
 
 
 def _parse_time(value: object) -> datetime:
@@ -512,7 +515,8 @@ def _parse_time(value: object) -> datetime:
         return moment.astimezone(timezone.utc)
     except Exception as exc:  # a hostile tzinfo may raise anything
         raise ChirrOpValidationError(
-            f"occurred_at must be a datetime or ISO 8601 date and time, got {_show(value)}"
+            "occurred_at must be a datetime or ISO 8601 date and time like 2026-01-31T12:00:00Z,"
+            f" got {_show(value)}"
         ) from exc
 
 
@@ -549,7 +553,8 @@ def _encode_json(name: str, value: object) -> bytes:
 def _encode_meta(meta: object) -> str:
     if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
         raise ChirrOpValidationError(
-            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}"
+            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}:"
+            " put the others into one of them"
         )
     try:
         flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
@@ -560,7 +565,8 @@ def _encode_meta(meta: object) -> str:
         size = len(_encode_json("meta", meta))
         if size > MAX_META_BYTES:
             raise ChirrOpValidationError(
-                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}"
+                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}:"
+                " cut its texts, as in repr(error)[:200]"
             )
     return text
 
@@ -581,7 +587,7 @@ def _encode_log(
     if type(event) is not str or not (event := event.strip()):
         event = _trimmed("event", event)
         if not event:
-            raise ChirrOpValidationError("event must not be empty")
+            raise ChirrOpValidationError("event must not be empty: name it like tool.errors.count")
     if type(value) is not int and type(value) is not float:
         value = _number(value)
     try:
@@ -656,7 +662,7 @@ class Log:
         raise AttributeError(f"'Log' object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Log cannot be changed")
+        raise AttributeError("a Log cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -732,20 +738,33 @@ def _read_dotenv(name: str, path: str = ".env") -> str | None:
     return found
 
 
+def _find_key(api_key: object) -> tuple[Any, str]:
+    """Return the key, from the argument, the environment or ./.env, and where it came from."""
+    name = "CHIRROP_API_KEY"
+    if api_key:
+        return _hidden(api_key), "given as api_key"
+    if os.environ.get(name):
+        return _Secret(os.environ[name]), f"from {name} in the environment"
+    return _read_dotenv(name) or _Secret(""), f"from {name} in ./.env"
+
+
 def _checked_key(api_key: object) -> _Secret:
-    """Return the key from the argument, the environment or ./.env, in this order."""
-    key = api_key or os.environ.get("CHIRROP_API_KEY") or _read_dotenv("CHIRROP_API_KEY") or ""
+    key, source = _find_key(api_key)
     if not isinstance(key, str):
-        raise ChirrOpValidationError(f"api_key must be a string, got {type(key).__name__}")
+        raise ChirrOpValidationError(f"api_key must be a string, got {type(api_key).__name__}")
     key = _Secret(key.strip())
     if not key:
-        raise ChirrOpValidationError("API key is required")
+        raise ChirrOpValidationError(
+            "API key is required: give api_key, or set CHIRROP_API_KEY in the environment or ./.env"
+        )
     if not key.startswith("chp_"):
-        raise ChirrOpValidationError("Invalid API key: must start with 'chp_'")
+        raise ChirrOpValidationError(f"Invalid API key: must start with 'chp_' ({source})")
     if key == "chp_":
-        raise ChirrOpValidationError("Invalid API key: nothing follows 'chp_'")
+        raise ChirrOpValidationError(f"Invalid API key: nothing follows 'chp_' ({source})")
     if not all("!" <= c <= "~" for c in key):
-        raise ChirrOpValidationError("Invalid API key: must be printable ASCII without spaces")
+        raise ChirrOpValidationError(
+            f"Invalid API key: must be printable ASCII without spaces ({source})"
+        )
     return key
 
 
@@ -754,6 +773,7 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     url = os.environ.get(variable) or default if value is None else value
     if url == default:
         return url
+    import re
     import urllib.parse
 
     try:
@@ -769,9 +789,13 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
             return url.rstrip("/")
     except (ValueError, TypeError, AttributeError):
         pass
-    # User info may be a password: only the rule is shown, not the URL.
+    shown = type(url).__name__
+    if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
+        _, user_info, rest = url.rpartition("@")
+        shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
     raise ChirrOpValidationError(
-        f"{name} must be an absolute http or https URL without user info, query or fragment"
+        f"{name} must be an absolute http or https URL without user info, query or fragment,"
+        f" got {shown}{'' if value else f' from {variable}'}"
     )
 
 
@@ -848,8 +872,8 @@ class Config:
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
             dropped them; it may log, flush and close, and what it raises is caught and logged.
-        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1 (or
-            true, yes, on).
+        disabled: True checks logs, then discards them: no key, no thread, no network; None is what
+            CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
     Raises:
         ChirrOpValidationError: names the setting, the rule and what was given (never the key).
@@ -875,11 +899,13 @@ class Config:
         ssl_context: Any = None,
         spool: SqliteSpool | str | os.PathLike[str] | None = None,
         on_drop: Callable[[list[dict[str, Any]], ChirrOpError], object] | None = None,
-        disabled: bool = False,
+        disabled: bool | None = None,
     ) -> None:
         api_key = _hidden(api_key)
-        switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
-        off = bool(disabled) or switch in ("1", "true", "yes", "on")
+        _optional("disabled", disabled, "True, False", isinstance(disabled, bool))
+        if disabled is None:
+            switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
+            disabled = switch in ("1", "true", "yes", "on")
         is_path = isinstance(spool, (str, os.PathLike)) and bool(os.fspath(spool))
         if ssl_context is not None:
             import ssl
@@ -891,7 +917,7 @@ class Config:
                 isinstance(ssl_context, ssl.SSLContext),
             )
         self.__dict__.update(
-            api_key=_Secret("") if off and not api_key else _checked_key(api_key),
+            api_key=_Secret("") if disabled and not api_key else _checked_key(api_key),
             api_endpoint=_checked_endpoint(
                 "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
             ),
@@ -917,7 +943,7 @@ class Config:
                 "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
-            disabled=off,
+            disabled=disabled,
         )
 
     if TYPE_CHECKING:
@@ -941,7 +967,7 @@ class Config:
         disabled: bool
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Config cannot be changed")
+        raise AttributeError("a Config cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -2555,6 +2581,11 @@ class _Sender:
         elif buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
 
+    def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
+        """Account for a log that is dropped before it is queued, and report it."""
+        self.outbox.refuse(reason, [item], error)
+        self._tell()
+
     def _put_bounded(self, data: bytes) -> None:
         deadline = self._clock() + self._config.timeout
         while not self.outbox.offer(data):
@@ -3288,6 +3319,26 @@ def _is_repeatable(method: str, path: str) -> bool:
     return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
 
 
+def _no_log(*given: object) -> ChirrOpValidationError:
+    """Return the error for what was given in place of a Log."""
+    return ChirrOpValidationError(
+        f"entry must be a Log, got {', '.join(map(_show, given))}:"
+        " write log(chirrop.Log(event, value)), or try_log(event, value)"
+    )
+
+
+def _as_given(values: Sequence[object]) -> bytes:
+    """Return arguments that make no Log as a JSON object, as near as it can come."""
+    fields = {}
+    for name, value in zip(_LOG_FIELDS, values):
+        try:
+            if value is not None:
+                fields[name] = json.loads(json.dumps(value))
+        except Exception:  # the value's own methods may raise anything
+            fields[name] = _show(value)
+    return json.dumps(fields).encode()
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -3337,7 +3388,7 @@ class Client:
 
     # Events.
 
-    def log(self, entry: Log) -> None:
+    def log(self, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log for sending and return at once; the network is never touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
@@ -3346,20 +3397,53 @@ class Client:
         dropped and reported.
 
         Args:
-            entry: a Log.
+            entry: a Log, and nothing else.
 
         Raises:
             ChirrOpValidationError: `entry` is not a Log.
             ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
         """
-        if type(entry) is not Log and not isinstance(entry, Log):
-            raise ChirrOpValidationError(f"entry must be a Log, got {_show(entry)}")
+        if misplaced or (type(entry) is not Log and not isinstance(entry, Log)):
+            raise _no_log(entry, *misplaced)
         if self.config.disabled:
             return
         sender = self._sender
         if sender.pid != os.getpid():  # as _here() has it, without the call
             _after_fork()
         sender.put(entry._body)
+
+    def try_log(
+        self,
+        event: str,
+        value: float,
+        agent: str | None = None,
+        log_id: object = None,
+        meta: object = None,
+        occurred_at: datetime | str | None = None,
+    ) -> bool:
+        """Make a Log and queue it like `log`, but drop and report one that cannot be taken.
+
+        For error handlers, which must not fail for their telemetry. A log that breaks a rule
+        ("invalid") or finds no room ("full") is counted as accepted and dropped, and reported like
+        every drop: on_drop gets the arguments, with text in place of what JSON cannot hold.
+
+        Args:
+            event, value, agent, log_id, meta, occurred_at: as for Log.
+
+        Returns:
+            False if it was invalid or there was no room; nothing is raised for either.
+        """
+        reason = "invalid"
+        try:
+            entry = Log(event, value, agent, log_id, meta, occurred_at)
+            reason = "full"
+            self.log(entry)
+            return True
+        except ChirrOpError as exc:
+            given = (event, value, agent, log_id, meta, occurred_at)
+            _without_key(exc, "")  # its traceback would hold the caller's frames
+            self._here().refuse(reason, _as_given(given), exc)
+            return False
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what was queued before this call, now, and wait for it.
@@ -3421,7 +3505,7 @@ class Client:
         logs = [entries] if isinstance(entries, Log) else list(entries)
         for entry in logs:
             if not isinstance(entry, Log):
-                raise ChirrOpValidationError(f"entries must be Logs, got {_show(entry)}")
+                raise _no_log(entry)
         if self.config.disabled:
             return
         policy = _Policy(_INGEST, self.config.retries, self.config.timeout, MAX_RETRY_AFTER)
@@ -3447,11 +3531,15 @@ class Client:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
         `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
-        async functions; each call is measured on its own.
+        async functions; each call is measured on its own. Where the beginning and the end are in
+        two places, like the hooks of a web framework, start() and stop() do the same. What cannot
+        be logged is dropped and reported, as by try_log.
 
             with client.timer("task.duration_ms"): ...
             @client.timer("task.duration_ms", agent="worker")
             async def task(): ...
+            timer = client.timer("request.duration_ms").start()
+            timer.stop("error" if failed else "success")
 
         Args:
             event, agent: as for Log.
@@ -3894,26 +3982,26 @@ class _Timer:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
         self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
-        self._log(0.0, "success")
+        Log(event, 0, agent, meta={**self._meta, "result": "success"})
         self._starts: list[float] = []
 
-    def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(
-            self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result}
-        )
-
-    def __enter__(self) -> _Timer:
+    def start(self) -> _Timer:
+        """Begin to measure, and return this timer; a start within a start has a stop of its own."""
         self._starts.append(time.perf_counter())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        elapsed = (time.perf_counter() - self._starts.pop()) * 1000
-        try:
-            self._client.log(self._log(elapsed, "success" if kind is None else "error"))
-        except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
-            self._client._sender.report.note(
-                "timer", _WARNING, f"a timer's log was not accepted: {exc}"
+    def stop(self, result: str = "success") -> None:
+        """Log the milliseconds since the last start(); do nothing when there is none to stop."""
+        if self._starts:
+            elapsed = round((time.perf_counter() - self._starts.pop()) * 1000, 3)
+            self._client.try_log(
+                self._event, elapsed, self._agent, meta={**self._meta, "result": result}
             )
+
+    __enter__ = start
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop("success" if kind is None else "error")
 
     def _again(self) -> _Timer:
         return _Timer(self._client, self._event, self._agent, self._meta)
@@ -3952,9 +4040,12 @@ def new_client(
         if fields or api_key is not None:
             raise ChirrOpValidationError("give either a config or its fields, not both")
         return Client(config)
-    unknown = sorted(set(fields) - set(Config.__init__.__annotations__))
+    names = [name for name in Config.__init__.__annotations__ if name != "return"]
+    unknown = sorted(set(fields) - set(names))
     if unknown:
-        raise ChirrOpValidationError(f"Config has no field {', '.join(unknown)}")
+        raise ChirrOpValidationError(
+            f"Config has no field {', '.join(unknown)}: it has {', '.join(names)}"
+        )
     return Client(Config(api_key, **fields))
 
 
@@ -3982,7 +4073,7 @@ class ChirrOp:
         config, api_key = _hidden(config), _hidden(api_key)
         client = None if cls._slot else new_client(config, api_key=api_key, **fields)
         if client is None or cls._slot.setdefault("client", client) is not client:
-            raise ChirrOpError("ChirrOp SDK is already initialized")
+            raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
         return client
 
     @classmethod
@@ -3995,9 +4086,9 @@ class ChirrOp:
             ) from None
 
     @classmethod
-    def log_event(cls, entry: Log) -> None:
+    def log_event(cls, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log; see Client.log. Raises ChirrOpError before initialize()."""
-        cls._get().log(entry)
+        cls._get().log(entry, *misplaced)
 
     @classmethod
     def flush(cls, timeout: float | None = None) -> bool:
@@ -4873,8 +4964,10 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> 
 # error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
 
 _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
-_QUEUED_LINES = 5000  # of `log -`: enough to keep the senders busy
+_QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
+_SHOWN_LINES = 3  # of `log -`: bad lines of one kind that are shown; the others are counted
 _CLOCK_SECONDS = 60.0  # that `doctor` lets the clocks differ
+_FIELDS = frozenset(_LOG_FIELDS)
 _DEMO_EVENTS = (
     ("checkout", "http.request.duration_ms", 180.0),
     ("search", "http.request.duration_ms", 45.0),
@@ -4938,9 +5031,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
 
 
 def _figure(value: Any) -> str:
-    """Return a number for people."""
+    """Return a number as charts and tables show it, and anything else as plain text."""
     if not isinstance(value, (int, float)):
-        return "-" if value is None else _plain(value)
+        return _plain(value)
     if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
         return f"{value:.4g}"
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
@@ -5007,7 +5100,7 @@ def _result(args: Any, value: object, show: Callable[[], object]) -> int:
 
 def _table(heads: tuple[str, ...], items: list[Any]) -> None:
     """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
-    rows = [[_plain(item.get(head)) for head in heads] for item in items]
+    rows = [[_figure(item.get(head)) for head in heads] for item in items]
     widths = [max(map(_width, column)) for column in zip(heads, *rows)]
     if not rows:
         _say("there are none")
@@ -5063,9 +5156,16 @@ def _show_analytics(event: Event, answer: Analytics) -> None:
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
 
+_scan_json = json.JSONDecoder().raw_decode  # json.loads takes three times as long for a log
+
+
 def _parsed(name: str, text: str | bytes) -> Any:
     try:
-        return json.loads(text)
+        text = (text.decode() if isinstance(text, bytes) else text).strip("\ufeff \t\r\n")
+        value, end = _scan_json(text)
+        if end == len(text):
+            return value
+        raise ValueError(f"it ends at column {end}, and more follows")
     except (ValueError, RecursionError) as exc:
         raise ChirrOpValidationError(f"{name} must be JSON: {exc}") from exc
 
@@ -5078,8 +5178,13 @@ def _event_named(client: Client, args: Any) -> Event:
         return client.get_event(args.event)
     event = client.find_event(args.event, args.agent)
     if event is None:
+        name = args.event.strip()
+        agents = {e.get("agent") or "" for e in client.list_events() if e.get("event") == name}
+        having = ", ".join(sorted(agent or "no agent at all" for agent in agents))
         raise ChirrOpNotFoundError(
-            f"there is no event {_show(args.event)}; `chirrop events` lists them"
+            f"there is no event {_show(name)} for agent {_show(args.agent)}, but for {having}"
+            if agents
+            else f"there is no event {_show(name)}; `chirrop events` lists them"
         )
     return event
 
@@ -5119,7 +5224,9 @@ def _cmd_analytics(args: Any) -> int:
 
 def _cmd_alerts(args: Any) -> int:
     if args.action and (args.id is None or args.status):
-        raise ChirrOpValidationError(f"`alerts {args.action}` takes the ID of one alert")
+        raise ChirrOpValidationError(
+            f"`alerts {args.action}` takes the ID of an alert: `alerts` lists them"
+        )
     with new_client() as client:
         moves = {
             "ack": client.acknowledge_alert,
@@ -5153,11 +5260,11 @@ def _cmd_log(args: Any) -> int:
     if args.event == "-":
         if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
             raise ChirrOpValidationError(
-                "`log -` reads whole logs from standard input, and takes nothing else"
+                "`log -` reads whole logs from standard input, and takes nothing but --id-from"
             )
         return _log_lines(args)
-    if args.value is None:
-        raise ChirrOpValidationError("`log EVENT` needs a VALUE")
+    if args.value is None or args.id_from:
+        raise ChirrOpValidationError("`log EVENT` needs a VALUE; --id-from is for `log -` alone")
     meta = None if args.meta is None else _parsed("--meta", args.meta)
     entry = Log(args.event, args.value, args.agent, args.log_id, meta, args.occurred_at)
     with new_client(retries=3) as client:
@@ -5171,28 +5278,46 @@ def _cmd_log(args: Any) -> int:
 
 def _log_lines(args: Any) -> int:
     """Send JSON Lines from standard input, in bounded memory."""
-    client = new_client(queue_size=_QUEUED_LINES, retries=5)
-    number = bad = 0
+    client = new_client(retries=5)
+    number = 0
+    bad: dict[str, int] = {}
     with _Progress(client), client:
         try:
             for number, line in enumerate(_lines(sys.stdin.buffer), 1):
                 try:
-                    if line.strip():
-                        _log_patiently(client, _log_of(line))
+                    if not line.isspace():
+                        client.log(_log_of(line, args.id_from))
                 except ChirrOpValidationError as exc:
-                    bad += 1
-                    _say(f"line {number}: {exc}")
+                    _count_bad(bad, number, str(exc))
+                if number % 1000 == 0:
+                    _make_room(client)
         except (ChirrOpError, KeyboardInterrupt) as exc:
-            _say(f"stopped at line {number}: {str(exc) or 'interrupted'}")
+            _say(f"stopped at line {number:,}: {str(exc) or 'interrupted'}")
             client.close(2.0)
+    for kind, count in bad.items():
+        if count > _SHOWN_LINES:
+            _say(f"and {count - _SHOWN_LINES:,} more: {kind}")
     stats = client.stats()
-    account = {"lines": number, "bad": bad, "delivered": stats.delivered, "dropped": stats.dropped}
-    lost = sum(stats.dropped.values())
-    words = f"{number:,} lines: {stats.delivered:,} delivered, {bad:,} bad, {lost:,} dropped"
+    wrong, lost = sum(bad.values()), sum(stats.dropped.values())
+    words = f"{number:,} lines: {stats.delivered:,} delivered, {wrong:,} bad, {lost:,} dropped"
+    account = {
+        "lines": number,
+        "bad": wrong,
+        "delivered": stats.delivered,
+        "dropped": stats.dropped,
+    }
     _result(args, account, lambda: print(words))
     if lost:
         _say(f"the last failure: {stats.last_error}")
-    return 1 if bad or lost or client.config.disabled else 0
+    return 1 if wrong or lost or client.config.disabled else 0
+
+
+def _count_bad(bad: dict[str, int], number: int, text: str) -> None:
+    """Count a bad line by the rule that it breaks; show the first few of each kind."""
+    kind = text.partition(", got ")[0].partition(": ")[0]
+    bad[kind] = bad.get(kind, 0) + 1
+    if bad[kind] <= _SHOWN_LINES:
+        _say(f"line {number:,}: {text}")
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
@@ -5203,24 +5328,45 @@ def _lines(stream: Any) -> Iterator[bytes]:
             line = stream.readline(_MAX_LINE_BYTES)
 
 
-def _log_of(line: bytes) -> Log:
+def _log_of(line: bytes, id_from: list[str] | None) -> Log:
     fields = _parsed("a log", line)
-    if not isinstance(fields, dict) or not fields.keys() <= set(_LOG_FIELDS):
-        raise ChirrOpValidationError(f"a log must be an object of {', '.join(_LOG_FIELDS)}")
-    return Log(**{"event": None, "value": None, **fields})
+    if not isinstance(fields, dict):
+        raise ChirrOpValidationError(f"a log must be a JSON object, got {_show(fields)}")
+    if not fields.keys() <= _FIELDS:
+        unknown = ", ".join(map(_show, fields.keys() - _FIELDS))
+        raise ChirrOpValidationError(
+            f"a log has no fields but {', '.join(_LOG_FIELDS)}, got {unknown}: meta may hold others"
+        )
+    if id_from and not fields.get("log_id"):
+        fields["log_id"] = _derived_id(fields, id_from)
+    arguments: Any = map(fields.get, _LOG_FIELDS)
+    return Log(*arguments)
 
 
-def _log_patiently(client: Client, entry: Log) -> None:
-    """Queue a log, waiting for room as long as anything moves; raise when the service refuses logs."""
-    while "refused" not in client._outbox.state.dropped:
-        before = client.stats()
-        try:
-            return client.log(entry)
-        except ChirrOpQueueFullError:
-            client.flush()
-            if client.stats()[:3] == before[:3]:  # a full cycle of retries has failed
-                break
-    raise client.stats().last_error or ChirrOpError("the service takes no logs")
+def _derived_id(fields: dict[str, Any], names: list[str]) -> str:
+    """Return a UUID made of agent, event and the named fields: the same row has the same one."""
+    import uuid
+
+    parts = [fields.get("agent"), fields.get("event")]
+    for name in names:
+        inner = name.startswith("meta.")
+        holder = fields.get("meta") if inner else fields
+        part = holder.get(name[5 * inner :]) if isinstance(holder, dict) else None
+        if part is None:
+            raise ChirrOpValidationError(f"the line has no {name}, from which its log_id is made")
+        parts.append(part)
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, _encode_json("log_id", parts).decode()))
+
+
+def _make_room(client: Client) -> None:
+    """Wait while many logs are queued, as long as anything moves; raise when none is taken."""
+    before = client.stats()
+    if before.queued > _QUEUED_LINES:
+        client.flush()
+    stats = client.stats()
+    stuck = (stats.delivered, stats.dropped) == (before.delivered, before.dropped)
+    if "refused" in stats.dropped or (stuck and before.queued > _QUEUED_LINES):
+        raise stats.last_error or ChirrOpError("the service takes no logs")
 
 
 def _cmd_drain(args: Any) -> int:
@@ -5259,16 +5405,17 @@ def _cmd_doctor(args: Any) -> int:
     return 0 if all(entry["ok"] for entry in found) else 1
 
 
-# For the first of these classes in a failure's chain; {} is the variable that holds the endpoint.
+# For the first of these classes in a failure's chain; {} is the variable that is at fault.
 _CURES = {
     "gaierror": "The name has no address: check {}, the network and its DNS server.",
-    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the CA is private,"
-    " set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
-    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is wrong.",
-    "ConnectionRefusedError": "Nothing listens there: check {}, and that the service is running.",
-    "timeout": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "TimeoutError": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "OSError": "Check {}, and the proxy if there is one.",
+    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the"
+    " CA is private, set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
+    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is"
+    " wrong.",
+    "ConnectionRefusedError": "Nothing listens there: check {}, and that it is running.",
+    "timeout": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "TimeoutError": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "OSError": "Check {}.",
 }
 
 
@@ -5277,27 +5424,19 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
     key = ""
     try:
         key = _checked_key(None)
-        source = "the environment" if os.environ.get("CHIRROP_API_KEY") else ".env"
-        yield "key", True, f"from {source}, has the right form"
+        yield "key", True, f"{_find_key(None)[1]}, has the right form"
     except ChirrOpValidationError as exc:
-        yield (
-            "key",
-            False,
-            f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key.",
-        )
+        yield "key", False, f"{exc}. Set CHIRROP_API_KEY to your workspace's key."
     if Config("chp_doctor", DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT).disabled:
-        yield (
-            "switch",
-            False,
-            "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them.",
-        )
+        text = "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them."
+        yield "switch", False, text
     for name, variable, default in (
         ("logs", "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
         ("api", "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT),
     ):
         try:
             yield from _diagnose_endpoint(
-                name, _checked_endpoint(variable, None, variable, default), key, variable
+                name, _checked_endpoint("the URL", None, variable, default), key, variable
             )
         except ChirrOpValidationError as exc:
             yield name, False, f"{exc}. Correct it, or unset it for {default}."
@@ -5306,66 +5445,79 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
 def _diagnose_endpoint(
     name: str, url: str, key: str, variable: str
 ) -> Iterator[tuple[str, bool, str]]:
-    """Check the way to an endpoint with a GET by the client's own transport: proxy, DNS, TLS, answer, clock."""
-    import email.utils
+    """Check the way to an endpoint by the client's transport: proxy, DNS, TLS, answer, clock."""
+    way, fault = _way_to(url, variable)
+    yield name, True, f"{url}, {way}"
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = _Secret(f"Bearer {key}")
+    transport = _UrllibTransport()
+    try:
+        # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
+        # OPTIONS says, differs between routers.
+        if name == "logs":
+            status, body, fields = transport("POST", url, b"[]", headers, 10)
+        else:
+            status, body, fields = transport("GET", f"{url}/events", None, headers, 10)
+    except OSError as exc:
+        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
+        cure = next(text for kind, text in _CURES.items() if kind in kinds)
+        at_fault = variable if "SSLError" in kinds else fault
+        yield name, False, f"{_without_key(exc, key)}. {cure.format(at_fault)}"
+        return
+    finally:
+        transport.close()
+    if status == 407:
+        variable = fault
+    good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
+    trusted = ", certificate trusted" if url.startswith("https") else ""
+    yield name, good, f"reached{trusted}{text}" if good else text
+    if name == "api":
+        yield from _diagnose_clock(fields.get("Date", ""))
+
+
+def _way_to(url: str, variable: str) -> tuple[str, str]:
+    """Return the proxy on the way, for people, and the variable that says where to connect."""
     import urllib.parse
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
-    proxy = (
-        urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]
-    )  # without its password
-    past = not proxy or urllib.request.proxy_bypass(parts.netloc)
-    yield (
-        name,
-        True,
-        f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}",
-    )
-    headers = {"Authorization": _Secret(f"Bearer {key}")} if key else {}
-    transport = _UrllibTransport()
-    try:
-        status, body, fields = transport(
-            "GET", url + "/events" * (name == "api"), None, headers, 10
-        )
-    except OSError as exc:
-        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
-        cure = next(text for kind, text in _CURES.items() if kind in kinds)
-        yield name, False, f"{_without_key(exc, key)}. {cure.format(variable)}"
-        return
-    finally:
-        transport.close()
-    error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
-    reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
-    if name == "logs" and (status < 300 or 400 <= status < 500):
-        yield (
-            name,
-            True,
-            reached,
-        )  # it takes POST alone, and no log is sent: this answer tells no more
-    elif status in (401, 403):
-        yield (
-            name,
-            not key,
-            f"{error}. The key is wrong, revoked, or of another workspace." if key else reached,
-        )
-    elif error or not body.lstrip().startswith(b"["):
-        yield (
-            name,
-            False,
-            f"{error or 'not a list of events'}. Check {variable}, or try again later.",
-        )
-    else:
-        yield name, True, f"{reached}, key accepted"
-    date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
-    if date is not None:
-        ahead = time.time() - email.utils.mktime_tz(date)
+    proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # no password
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return "no proxy", variable
+    names = [n for n in os.environ if n.lower() == f"{parts.scheme}_proxy" and os.environ[n]]
+    variable = max(names, default="the system's proxy settings")  # lower case has precedence
+    return f"by the proxy {proxy} of {variable} (NO_PROXY can exempt the host)", variable
+
+
+def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[bool, str]:
+    """Return whether an endpoint answers as its route does, and what to say or to do about it."""
+    status, start = answer.status, answer.body.lstrip()[:1]
+    fine = 200 <= status < 300
+    error = "" if fine else str(answer.error())
+    if status in (401, 403):
+        wrong = f"{error}. The key is wrong, revoked, or of another workspace."
+        return (False, wrong) if has_key else (True, "")
+    if name == "api" and fine and start == b"[":
+        return True, ", key accepted" if has_key else ""
+    if name == "logs" and (status in (400, 422) or (fine and start != b"<")):
+        return True, ", takes logs"
+    if name == "logs" and status in (404, 405):
+        return False, f"{error}. No logs are taken there: check the path of {variable}."
+    what = "not a list of events" if name == "api" else "no answer of ChirrOp's"
+    return False, f"{error or what}. Check {variable}, or try again later."
+
+
+def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
+    import email.utils
+
+    moment = email.utils.parsedate_tz(date)
+    if moment is not None:
+        ahead = time.time() - email.utils.mktime_tz(moment)
         words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        yield (
-            "clock",
-            good,
-            words if good else f"{words}. Correct this computer's: logs take their time from it.",
-        )
+        cure = ". Correct this computer's: logs take their time from it."
+        yield "clock", good, words if good else words + cure
 
 
 def _cmd_sandbox(args: Any) -> int:
@@ -5424,11 +5576,11 @@ def _cmd_demo(args: Any) -> int:
         DEFAULT_SERVICER_ENDPOINT,
         log_level="CRITICAL",  # the account tells it all
         transport=sandbox,
+        disabled=False,  # whatever CHIRROP_DISABLED says: nothing leaves this process
         on_drop=lambda dropped, error: lost.extend(
             f"{log['agent']} {log['event']}: {error}" for log in dropped
         ),
     )
-    vars(config)["disabled"] = False  # whatever CHIRROP_DISABLED says: nothing leaves this process
     client, part = Client(config), len(logs) // len(_DEMO_FAULTS)
     with _Progress(client), client:
         for number, fault in enumerate(_DEMO_FAULTS):
@@ -5496,7 +5648,9 @@ def _arguments(argv: list[str] | None) -> Any:
             ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
             ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
-            ("--log-id", {"metavar": "UUID", "help": "default: a random one"})]),
+            ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
+            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of"
+             " agent, event and these (meta.KEY: of meta): lines sent twice count once"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
             event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}),
@@ -5519,13 +5673,24 @@ def _arguments(argv: list[str] | None) -> Any:
                 " which other machines and containers cannot reach; 0.0.0.0 opens it to them"}),
             ("--quota", {"type": int, "help": "logs taken before QUOTA_EXCEEDED"})]),
     ]  # fmt: skip
+    parsers = {}
     for run, about, arguments in table:
-        command = commands.add_parser(run.__name__[5:], help=about, description=about)
+        name = run.__name__[5:]
+        parsers[name] = command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        for name, options in arguments:
-            command.add_argument(name, **options)
-    return parser.parse_args(argv)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
+    # Options may stand anywhere: these before the command, too, and all among its arguments.
+    leading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    leading.add_argument("--json", action="store_true")
+    leading.add_argument("--agent", nargs="?")
+    words = list(sys.argv[1:] if argv is None else argv)
+    _, rest = leading.parse_known_args(words)
+    if not rest or rest[0] not in parsers:
+        return parser.parse_args(rest)  # help, the version or an error
+    words.remove(rest[0])
+    return parsers[rest[0]].parse_intermixed_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -590,6 +590,24 @@ class LogTest(TestCase):
             ):
                 chirrop._encode_log(now, "a", 1, None, None, None, at)
 
+    def test_what_is_refused_comes_with_what_to_do(self):
+        for fields, remedy in (
+            ({"event": " "}, "name it like tool.errors.count"),
+            ({"log_id": "x-17"}, "got 'x-17': make one .* uuid.uuid5(uuid.NAMESPACE_URL, key)"),
+            ({"meta": "x" * 5000}, "got 5002: cut its texts, as in repr(error)[:200]"),
+            ({"meta": dict.fromkeys("abcdefghijkl")}, "got 12: put the others into one of them"),
+            ({"occurred_at": 1_700_000_000}, "like 2026-01-31T12:00:00Z, got 1700000000"),
+        ):  # fmt: skip
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Log(**{"event": "a", "value": 1, **fields})
+            for part in remedy.split(" .* "):
+                self.assertIn(part, str(caught.exception))
+
+    def test_a_long_error_fits_into_meta_as_the_readme_cuts_it(self):
+        for text in ("é" * 5000, "\U0001f600" * 5000, '\x00"\\' * 5000, "\udcff" * 5000):
+            for error in (RuntimeError(text), OSError(2, text, text)):
+                Log("a", 1, meta={"error": repr(error)[:200], "path": "/" * 100})
+
     def test_naive_times_are_utc_whatever_the_local_zone(self):
         code = (
             "from chirrop import Log; from datetime import datetime, timezone\n"
@@ -637,12 +655,28 @@ class ConfigTest(TestCase):
             ),
         )  # fmt: skip
 
+    def test_what_code_says_of_disabled_wins_over_the_environment(self):
+        for variable, given, expected in (
+            ("", None, False), ("0", None, False), ("1", None, True), (" On ", None, True),
+            ("1", False, False), ("", True, True), ("0", True, True),
+        ):  # fmt: skip
+            os.environ["CHIRROP_DISABLED"] = variable
+            with self.subTest(variable, given=given):
+                self.assertIs(Config(api_key=KEY, disabled=given).disabled, expected)
+        os.environ["CHIRROP_DISABLED"] = "1"
+        client = self.client(disabled=False)
+        client.log(Log("a", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(client.stats().delivered, 1)
+
     def test_wrong_settings_are_refused_by_name(self):
         wrong = {
             "retries": (-1, 1.5, "3", True, None), "servicer_retries": (-1, None), "timeout": (0, -1, "1", float("nan"), 1e9, None, True),
             "batch_size": (0, 1.5, None), "flush_delay": (-1, float("inf"), "x"), "queue_size": (-1, None, 1.0),
             "log_level": (-1, "LOUD", 1.5, None), "on_exhausted": ("", "hold", None), "max_senders": (0, 65, None),
-            "exit_timeout": (-1, float("nan")), "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()), "on_drop": (1,),
+            "exit_timeout": (-1, float("nan")), "disabled": (0, 1, "1", "false"),
+            "transport": (1, "x"), "ssl_context": (1, True), "spool": (1, "", object()),
+            "on_drop": (1,),
             "api_endpoint": ("ftp://x/", "logs", "http://", "https://u:p@h/", "http://h:99999/", "http://h/?a=b", "http://h/#f", "http://h/a b", "http://h\r\n/", 1, "http://h/\u00fc"),
             "servicer_endpoint": ("file:///etc/passwd", "https://user@h/"), "api_key": (1, b"chp_x"),
         }  # fmt: skip
@@ -654,7 +688,9 @@ class ConfigTest(TestCase):
                 ):
                     Config(**{"api_key": KEY, name: value})
                 self.assertIn(name, str(caught.exception))
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "no field retrys"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError, "no field retrys: it has api_key, .*, disabled$"
+        ):
             new_client(api_key=KEY, retrys=1)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "not both"):
             new_client(Config(api_key=KEY), retries=1)
@@ -678,7 +714,10 @@ class ConfigTest(TestCase):
         self.assertEqual(vars(copy.copy(config)), vars(config))
 
     def test_the_key_comes_from_the_argument_then_the_environment_then_dotenv(self):
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "^API key is required$"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError,
+            r"^API key is required: give api_key, or set CHIRROP_API_KEY .* or \./\.env$",
+        ):
             Config()
         pathlib.Path(".env").write_text("CHIRROP_API_KEY=chp_file\n")
         self.assertEqual(Config().api_key, "chp_file")
@@ -688,7 +727,8 @@ class ConfigTest(TestCase):
 
     def test_a_key_of_another_form_is_refused_without_showing_it(self):
         for bad, text in (
-            ("canary", "^Invalid API key: must start with 'chp_'$"), ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
+            ("canary", r"^Invalid API key: must start with 'chp_' \(given as api_key\)$"),
+            ("chp_\u00fccanary", "printable ASCII"), ("chp_canary\r\nX: y", "printable ASCII"),
             ("chp_can ary", "printable ASCII"), ("CHP_canary", "must start with"),
         ):  # fmt: skip
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, text) as caught:
@@ -700,6 +740,20 @@ class ConfigTest(TestCase):
                         caught.exception, capture_locals=True
                     ).format()
                 ).replace(repr(bad), ""),
+            )
+
+    def test_a_bad_key_is_traced_to_its_source(self):
+        pathlib.Path(".env").write_text("CHIRROP_API_KEY=sk_canary")
+        for fields, variable, source in (
+            ({}, "", "from CHIRROP_API_KEY in ./.env"),
+            ({}, "sk_canary", "from CHIRROP_API_KEY in the environment"),
+            ({"api_key": "sk_canary"}, "chp_good", "given as api_key"),
+        ):
+            os.environ["CHIRROP_API_KEY"] = variable
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Config(**fields)
+            self.assertEqual(
+                str(caught.exception), f"Invalid API key: must start with 'chp_' ({source})"
             )
 
     def test_dotenv_oddities(self):
@@ -733,8 +787,28 @@ class ConfigTest(TestCase):
             Config(api_key=KEY, api_endpoint="https://a/x").api_endpoint, "https://a/x"
         )
         os.environ["CHIRROP_API_ENDPOINT"] = "nonsense"
-        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "api_endpoint"):
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError,
+            "^api_endpoint must .*, got 'nonsense' from CHIRROP_API_ENDPOINT$",
+        ):
             Config(api_key=KEY)
+
+    def test_a_wrong_endpoint_is_shown_without_what_may_be_secret(self):
+        for url, shown in (
+            ("htps://host/v1.0/logs", "'htps://host/v1.0/logs'"),
+            ("https://user:canary@host/logs", "'***@host/logs'"),
+            ("https://user:ca/na@ry?canary#canary@host:1/logs", "'***@host:1/logs'"),
+            ("https://host/logs?token=canary", "'https://host/logs?***'"),
+            ("https://host/logs#canary", "'https://host/logs#***'"),
+            ("chp_canary", "'chp_***'"),
+            ("http://host/\x1b[2J", "'http://host/\\x1b[2J'"),
+            (b"https://user:canary@host", "bytes"),
+        ):
+            with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+                Config(api_key=KEY, servicer_endpoint=url)
+            text = str(caught.exception)
+            self.assertTrue(text.endswith(f", got {shown}"), text)
+            self.assertNotIn("canary", text)
 
     def test_a_level_may_be_a_name(self):
         self.assertEqual(Config(api_key=KEY, log_level="warning").log_level, logging.WARNING)
@@ -1466,6 +1540,24 @@ class SpoolTest(ProcessTestCase):
             client.log(Log("x", count))
             self.assertEqual(self.rows(path), count)
 
+    def test_leaving_with_takes_at_most_exit_timeout_where_the_log_is_on_disk(self):
+        path, transport = self.spool(), FakeTransport()
+        busy = FakeTransport(default=(429, b"", {"Retry-After": "300"}))
+        client = self.client(spool=path, transport=busy, exit_timeout=0.05)
+        entry = Log("x", 1)
+
+        def job():
+            with client:
+                client.log(entry)
+
+        leaving = threading.Thread(target=job, daemon=True)
+        leaving.start()
+        leaving.join(LONG)
+        self.assertFalse(leaving.is_alive())
+        again = self.client(spool=path, transport=transport, flush_delay=0)
+        self.assertTrue(again.flush(LONG))
+        self.assertEqual(ids(transport.logs()), [entry.log_id])
+
     def test_log_survives_kill_9_and_the_next_run_sends_it_under_the_same_id(self):
         path = self.spool()
         done = self.python(
@@ -1721,6 +1813,17 @@ class SpoolMisuseTest(ProcessTestCase):
                 SqliteSpool(*arguments)
         with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "synchronous"):
             SqliteSpool("x", synchronous="OFF")
+
+    def test_a_required_spool_that_cannot_be_used_raises_when_the_client_is_made(self):
+        folder = self.folder()
+        (folder / "notes").write_text("no database, and long enough to be taken for one" * 100)
+        for path in (folder / "missing" / "x.spool", folder, folder / "notes" / "x.spool"):
+            with self.subTest(path.name), self.assertRaisesRegex(ChirrOpError, "spool"):
+                self.client(spool=SqliteSpool(path, required=True))
+        client = self.client(spool=SqliteSpool(folder / "good.spool", required=True))
+        client.log(Log("x", 1))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.records, [])
 
     def test_making_a_spool_or_a_client_touches_no_file(self):
         path = self.spool()
@@ -4739,6 +4842,87 @@ class ClientTest(TestCase):
         for bad in (None, {"event": "a", "value": 1}, "a", Hostile(), Log):
             with self.assertRaisesRegex(chirrop.ChirrOpValidationError, "entry must be a Log, got"):
                 client.log(bad)
+        chirrop.initialize(api_key=KEY, transport=FakeTransport())
+        self.addCleanup(chirrop.stop)
+        text = (
+            "entry must be a Log, got 'a.b', 1: write log(chirrop.Log(event, value)),"
+            " or try_log(event, value)"
+        )
+        with self.assertRaises(chirrop.ChirrOpValidationError) as caught:
+            client.log("a.b", 1)
+        self.assertEqual(str(caught.exception), text)
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            client.log(Log("a", 1), Log("b", 2))
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            client.send_logs(["a.b"])
+        with self.assertRaisesRegex(chirrop.ChirrOpValidationError, r"write log\(chirrop.Log\("):
+            chirrop.log_event("a.b", 1)
+
+    def test_try_log_queues_what_log_would_queue(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        log_id = "0b0e2c4e-55a5-4c5e-9a51-0b1c7a3b5d11"
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.assertIs(client.try_log("a.b", 1, "c", log_id, {"d": 2}, at), True)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(transport.logs(), [Log("a.b", 1, "c", log_id, {"d": 2}, at).to_dict()])
+
+    def test_try_log_drops_and_reports_what_breaks_a_rule(self):
+        dropped = []
+        client = self.client(on_drop=lambda logs, error: dropped.append((logs, str(error))))
+        wrong = [
+            ({"event": "", "value": 1}, "event must not be empty"),
+            ({"event": "a", "value": "x", "meta": {"k": [1]}}, "value must be a finite number"),
+            ({"event": "a", "value": 1, "meta": "x" * 2000}, "meta must encode to at most 1024"),
+            ({"event": "a", "value": 1, "occurred_at": "2001-01-01T00:00:00Z"}, "the last 30 days"),
+        ]  # fmt: skip
+        for fields, text in wrong:
+            self.assertIs(client.try_log(**fields), False)
+            logs, error = dropped.pop()
+            self.assertEqual(logs, [fields])
+            self.assertIn(text, error)
+        for hostile in (Hostile(), HostileDict(a=1), cycle(), nested(100_000), object(), {1, 2}):
+            self.assertIs(client.try_log("a", 1, meta=hostile), False)
+            self.assertEqual(dropped.pop()[0][0]["event"], "a")
+        self.assertIs(client.try_log("a", float("nan"), meta="\udcff"), False)
+        self.assertEqual(dropped.pop()[0][0]["meta"], "\udcff")
+        self.assertEqual(client.stats().dropped, {"invalid": 11})
+        self.assertEqual((client.stats().accepted, client.flush()), (11, True))
+        client.close()
+        said = [r.getMessage() for r in self.records if r.levelno == logging.ERROR]
+        self.assertIn("dropped 1 logs (invalid): event must not be empty", said[0])
+        self.assertIn("dropped 10 logs (invalid)", said[1])
+
+    def test_try_log_drops_what_finds_no_room(self):
+        dropped = []
+        client = self.client(
+            transport=FakeTransport(default=502), queue_size=1, timeout=0.01, retries=0,
+            on_drop=lambda logs, error: dropped.append((logs, type(error))),
+        )  # fmt: skip
+        self.assertIs(client.try_log("a", 1), True)
+        self.assertIs(client.try_log("a", 2), False)
+        self.assertEqual(dropped, [([{"event": "a", "value": 2}], chirrop.ChirrOpQueueFullError)])
+        self.assertEqual(self.assertBalanced(client).dropped, {"full": 1})
+
+    def test_try_log_in_a_logging_handler_does_not_call_itself_for_ever(self):
+        client = self.client()
+        calls = []
+
+        class Handler(logging.Handler):
+            def emit(self, record):
+                calls.append(client.try_log("log.records.count", record.getMessage()))
+
+        logger = logging.getLogger("chirrop")
+        logger.addHandler(handler := Handler())
+        self.addCleanup(logger.removeHandler, handler)
+        logger.error("no number")
+        self.assertEqual(calls, [False, False])  # the second: its own report of the first
+        self.assertEqual(client.stats().dropped, {"invalid": 2})
+
+    def test_try_log_of_a_disabled_client_still_checks(self):
+        client = self.client(AssertionError, disabled=True)
+        self.assertEqual((client.try_log("a", 1), client.try_log("a", "x")), (True, False))
+        self.assertEqual(client.stats().dropped, {"invalid": 1})
 
     def test_no_thread_before_the_first_log_and_none_after_close(self):
         client = self.client()
@@ -5334,9 +5518,32 @@ class TimerTest(TestCase):
         with client.timer("t"):
             pass
         client.flush(LONG)
-        self.assertIn(
-            "a timer's log was not accepted", " ".join(r.getMessage() for r in self.records)
+        self.assertEqual(client.stats().dropped, {"full": 1})
+        self.assertIn("dropped 1 logs (full)", " ".join(r.getMessage() for r in self.records))
+
+    def test_start_and_stop_measure_what_lies_between_two_hooks(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport)
+        timer = client.timer("request.ms", agent="web").start()
+        timer.stop()
+        timer.stop()  # a second hook for the end: nothing is running
+        client.timer("never.started").stop("error")
+        client.timer("request.ms").start().stop("error")
+        self.assertTrue(client.flush(LONG))
+        logs = transport.logs()
+        self.assertEqual(
+            [(log["event"], log.get("agent"), log["meta"]) for log in logs],
+            [
+                ("request.ms", "web", {"result": "success"}),
+                ("request.ms", None, {"result": "error"}),
+            ],
         )
+        self.assertTrue(all(0 <= log["value"] < 10_000 for log in logs))
+
+    def test_a_result_that_makes_no_log_is_dropped_and_reported(self):
+        client = self.client()
+        client.timer("request.ms").start().stop("x" * 2000)
+        self.assertEqual(client.stats().dropped, {"invalid": 1})
 
 
 class LambdaTest(TestCase):
@@ -5396,7 +5603,9 @@ class GlobalTest(TestCase):
         chirrop.log_event(Log("a", 1))
         chirrop.ChirrOp.log_event(Log("a", 2))
         self.assertTrue(chirrop.flush(LONG) and chirrop.ChirrOp.flush(LONG))
-        with self.assertRaisesRegex(ChirrOpError, "^ChirrOp SDK is already initialized$"):
+        with self.assertRaisesRegex(
+            ChirrOpError, r"^ChirrOp SDK is already initialized: call stop\(\) first$"
+        ):
             chirrop.ChirrOp.initialize(api_key=KEY)
         self.assertTrue(chirrop.stop())
         self.assertEqual([log["value"] for log in transport.logs()], [1, 2])
@@ -5488,8 +5697,8 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_Sender"}, "sqlite3.connect": {"SqliteSpool"},
-            "os.environ": {"_checked_key", "_checked_endpoint", "Config", "_proxy_advice"},
+            "threading.Thread": {"_start_thread"}, "sqlite3.connect": {"SqliteSpool"},
+            "os.environ": {"_find_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"}, "os.open": {"_lock_file", "SqliteSpool"},
             "logging.getLogger": {"_Reporter"}, "os.unlink": {"SqliteSpool"}, "os.replace": {"SqliteSpool"},
         }  # fmt: skip
@@ -7743,6 +7952,9 @@ class CommandLineTest(CommandLineCase):
             ("alerts", "ack"), ("alerts", "lose", "x"), ("alerts", "--status", "new"), ("api", "GET"),
             ("api", "GET", "/a b"), ("api", "PUT", "/events", "--data", "{"), ("drain", "no-such-file"),
             ("sandbox", "--port", "x"), ("sandbox", "--port", "70000"), ("doctor", "--key", "chp_x"),
+            ("log", "x", "1", "--id-from", "event"), ("log", "-", "--id-from"),
+            ("--agent", "a"), ("--json",),
+            ("events", "--agent", "a"), ("rollups", "x", "--agent"), ("log", "x", "1", "2"),
         ):  # fmt: skip
             with self.subTest(args):
                 self.send(1, event="x")
@@ -7761,7 +7973,8 @@ class CommandLineTest(CommandLineCase):
         ):
             with self.subTest(args):
                 out, err = self.cli(*args, status=2, CHIRROP_API_KEY="")
-                self.assertEqual((out, err), ("", "chirrop: API key is required\n"))
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"^chirrop: API key is required: give .*\./\.env\n$")
 
     def test_an_error_of_the_service_exits_with_1_in_one_line(self):
         self.sandbox.fail(status=403, body={"error": "not\x1b[2J you"})
@@ -7791,6 +8004,18 @@ class CommandLineTest(CommandLineCase):
                     "occurred_at": at, "log_id": log_id}  # fmt: skip
         self.assertEqual(self.sandbox.logs, [expected])
         self.assertEqual(self.json("log", "x", "1")["log"]["event"], "x")
+
+    def test_options_may_stand_anywhere(self):
+        for args in (
+            ("--json", "--agent", "log", "log", "a.b", "-1"),
+            ("log", "--agent=log", "a.b", "--json", "-1"),
+            ("--agent", "log", "log", "a.b", "-1", "--json"),
+            ("log", "a.b", "--meta", "null", "-1", "--agent", "log", "--json"),
+        ):
+            with self.subTest(args):
+                sent = json.loads(self.main(*args)[0])["log"]
+                self.assertEqual((sent["agent"], sent["event"], sent["value"]), ("log", "a.b", -1))
+        self.assertEqual(json.loads(self.main("alerts", "--json", "--status", "resolved")[0]), [])
 
     def test_log_says_when_logging_is_disabled(self):
         out, _ = self.cli("log", "x", "1", CHIRROP_DISABLED="1")
@@ -7859,16 +8084,31 @@ class CommandLineTest(CommandLineCase):
 
     def test_numbers_are_written_for_people(self):
         for value, text in ((0, "0"), (1234567, "1,234,567"), (1234.5, "1,234.50"), (0.004, "0.004"), (1e300, "1e+300"),
-                            (None, "-"), ("x\x07", "x\\x07"), (-2.0, "-2")):  # fmt: skip
+                            (None, ""), ("x\x07", "x\\x07"), (-2.0, "-2")):  # fmt: skip
             self.assertEqual(chirrop._figure(value), text)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            chirrop._table(
+                ("id", "value"), [{"id": "a", "value": 1234567.0}, {"id": "b", "value": None}]
+            )
+        self.assertEqual(out.getvalue(), "ID  VALUE\na   1,234,567\nb\n")
 
     def test_an_event_must_be_named_unmistakably(self):
         self.send(1, agent="a")
         self.send(1, agent="b")
         self.assertIn("agent must be given", self.cli("rollups", "tool.errors.count", status=2)[1])
         self.assertIn(
-            "there is no event",
+            "there is no event 'tool.errors.count' for agent 'c', but for a, b\n",
             self.cli("analytics", "tool.errors.count", "--agent", "c", status=1)[1],
+        )
+        self.send(1, event="alone")
+        self.assertIn(
+            "there is no event 'alone' for agent 'c', but for no agent at all\n",
+            self.main("rollups", "alone", "--agent", "c", status=1)[1],
+        )
+        self.assertIn(
+            "there is no event 'tool'; `chirrop events` lists them",
+            self.main("rollups", "tool", status=1)[1],
         )
         self.assertIn(
             "404", self.cli("rollups", "00000000-0000-4000-8000-000000000000", status=1)[1]
@@ -8001,10 +8241,52 @@ class CommandLineStreamTest(CommandLineCase):
         )  # fmt: skip
         out, err = self.cli("log", "-", status=1, input=b"".join(lines))
         self.assertEqual(out, "11 lines: 2 delivered, 8 bad, 0 dropped\n")
+        *shown, more = err.splitlines()
         self.assertEqual(
-            [line.split(":")[1] for line in err.splitlines()], [f" line {n}" for n in range(3, 11)]
+            [line.split(":")[1] for line in shown], [f" line {n}" for n in range(3, 10)]
         )
+        self.assertIn("got 'nope': meta may hold others", err)
+        self.assertEqual(more, "chirrop: and 1 more: a log must be JSON")
         self.assertEqual([log["event"] for log in self.sandbox.logs], ["a", "f"])
+
+    def test_history_that_is_too_old_is_summed_up(self):
+        lines = "".join(
+            f'{{"event": "a.b", "value": {n}, "occurred_at": "20{n % 10:02}-01-01T00:00:00Z"}}\n'
+            for n in range(5000)
+        )
+        out, err = self.cli("log", "-", status=1, input=lines + '{"event":"a.b","value":1}\nno\n')
+        self.assertEqual(out, "5,002 lines: 1 delivered, 5,001 bad, 0 dropped\n")
+        rule = "occurred_at must lie within the last 30 days and at most 1 day ahead"
+        self.assertEqual(
+            err.splitlines(),
+            [
+                *(f"chirrop: line {n + 1}: {rule}, got '200{n}-01-01T00:00:00Z'" for n in range(3)),
+                "chirrop: line 5,002: a log must be JSON:"
+                " Expecting value: line 1 column 1 (char 0)",
+                f"chirrop: and 4,997 more: {rule}",
+            ],
+        )
+
+    def test_rows_sent_twice_count_once_when_their_ids_are_derived(self):
+        rows = [
+            '{"event":"orders.count","value":1,"agent":"shop","meta":{"order":17}}\n',
+            '{"event":"orders.count","value":1,"agent":"shop","meta":{"order":18}}\n',
+            '{"event":"orders.total","value":9.5,"agent":"shop","meta":{"order":17}}\n',
+        ]
+        given = '{"event":"x","value":1,"log_id":"0b0e2c4e-55a5-4c5e-9a51-0b1c7a3b5d11"}\n'
+        for _ in range(2):
+            self.cli("log", "-", "--id-from", "meta.order", input="".join(rows) + given)
+        ids = [log["log_id"] for log in self.sandbox.logs]
+        self.assertEqual(len(ids), 4)
+        expected = uuid.uuid5(uuid.NAMESPACE_URL, '["shop","orders.count",17]')
+        self.assertEqual((ids[0], ids[3]), (str(expected), json.loads(given)["log_id"]))
+        out, err = self.cli(
+            "log", "-", "--id-from", "meta.order", "value", status=1,
+            input='{"event":"a","value":1}\n{"event":"a","value":1,"meta":{"order":null}}\n'
+            + rows[0],
+        )  # fmt: skip
+        self.assertEqual(out, "3 lines: 1 delivered, 2 bad, 0 dropped\n")
+        self.assertIn("line 2: the line has no meta.order, from which its log_id is made", err)
 
     def test_the_account_as_json(self):
         account = self.json("log", "-", input='{"event":"a","value":1}\n')
@@ -8021,20 +8303,22 @@ class CommandLineStreamTest(CommandLineCase):
     def test_a_refusal_stops_the_stream(self):
         self.sandbox.fail(None, status=401, body={"error": "invalid API key"}, path="/logs")
         out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 60000)
-        self.assertRegex(err, r"stopped at line \d+: HTTP 401: invalid API key")
+        self.assertRegex(err, r"stopped at line [\d,]+: HTTP 401: invalid API key")
         self.assertLess(len(self.sandbox.requests), 60000 / 250)
 
     def test_a_full_queue_is_waited_for_and_given_up_after_a_cycle_of_retries(self):
-        client = self.client(502, 502, queue_size=1, timeout=0.01, retries=1, flush_delay=0)
-        client._outbox.put(Log("a", 1)._body)
-        chirrop._log_patiently(client, Log("a", 2))
-        self.assertTrue(client.flush())
-        client = self.client(
-            queue_size=1, timeout=0.01, retries=1, transport=FakeTransport(default=502)
-        )
-        client.log(Log("a", 1))
-        with self.assertRaisesRegex(ChirrOpError, "HTTP 502"):
-            chirrop._log_patiently(client, Log("a", 2))
+        with unittest.mock.patch.object(chirrop, "_QUEUED_LINES", 0):
+            client = self.client(502, 502, retries=1, flush_delay=0)
+            client.log(Log("a", 1))
+            chirrop._make_room(client)  # the first cycle fails, and the log stays
+            self.assertEqual(self.assertBalanced(client).delivered, 1)
+            client = self.client(retries=1, transport=FakeTransport(default=502))
+            client.log(Log("a", 1))
+            with self.assertRaisesRegex(ChirrOpError, "HTTP 502"):
+                chirrop._make_room(client)
+            client = self.client(400)
+            client.log(Log("a", 1))
+            chirrop._make_room(client)  # a rejected log does not stop the others
 
     def test_ctrl_c_ends_it_quietly_with_what_was_read(self):
         process = self.start("log", "-")
@@ -8191,33 +8475,50 @@ class DoctorTest(CommandLineCase):
         """Return the texts of the failed checks, or of all when there are none."""
         found = self.json("doctor", status=status, **env)
         self.assertEqual(self.sandbox.logs, [])
-        self.assertFalse([r for r in self.sandbox.requests if r["method"] != "GET"])
+        for request in self.sandbox.requests:
+            self.assertIn((request["method"], request["body"]), (("GET", None), ("POST", [])))
         return "\n".join(f"{f['check']}: {f['text']}" for f in found if status == 0 or not f["ok"])
 
     def test_all_is_well(self):
         text = self.doctor(0)
         for line in (
-            "key: from the environment", f"logs: {self.base}/logs, no proxy", "api: reached, key accepted", "clock: "
+            "key: from CHIRROP_API_KEY in the environment, has",
+            f"logs: {self.base}/logs, no proxy",
+            "logs: reached, takes logs", "api: reached, key accepted", "clock: ",
         ):  # fmt: skip
             self.assertIn(line, text)
         self.assertRegex(
-            self.cli("doctor")[0], r"(?m)^ok   key +from the environment, has the right form$"
+            self.cli("doctor")[0],
+            r"(?m)^ok   key +from CHIRROP_API_KEY in the environment, has the right form$",
         )
+        (self.cwd / ".env").write_text(f"CHIRROP_API_KEY={CANARY}\n")
+        self.assertIn("key: from CHIRROP_API_KEY in ./.env", self.doctor(0, CHIRROP_API_KEY=""))
 
     def test_each_fault_is_told_with_its_cure(self):
         free = chirrop._serve_sandbox(self.sandbox)
         port = free.server_address[1]
         free.server_close()
         for env, expected in (
-            ({"CHIRROP_API_KEY": ""}, "key: API key is required. Set CHIRROP_API_KEY"),
-            ({"CHIRROP_API_KEY": "sk_canary"}, "key: Invalid API key: must start with 'chp_'. Set"),
+            ({"CHIRROP_API_KEY": ""}, "key: API key is required: give api_key, or set"),
+            (
+                {"CHIRROP_API_KEY": "sk_canary"},
+                "must start with 'chp_' (from CHIRROP_API_KEY in the environment). Set CHIRROP_A",
+            ),
             (
                 {"CHIRROP_DISABLED": "1"},
                 "switch: CHIRROP_DISABLED is set: logs are checked and discarded",
             ),
             (
                 {"CHIRROP_API_ENDPOINT": "logs.example"},
-                "logs: CHIRROP_API_ENDPOINT must be an absolute http",
+                "got 'logs.example' from CHIRROP_API_ENDPOINT. Correct it, or unset it for https",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": f"{self.base}/log"},
+                "logs: HTTP 404: no such route. No logs are taken there: check the path of CHI",
+            ),
+            (
+                {"CHIRROP_API_ENDPOINT": self.base},
+                "No logs are taken there: check the path of CHIRROP_API_ENDPOINT",
             ),
             (
                 {"CHIRROP_SERVICER_ENDPOINT": "http://nowhere.invalid"},
@@ -8243,9 +8544,32 @@ class DoctorTest(CommandLineCase):
         self.sandbox.fail(status=401, body={"error": f"bad key {CANARY}"}, path="/events")
         self.assertIn("api: HTTP 401: bad key ***. The key is wrong", self.doctor())
 
+    def test_a_dead_proxy_is_named_by_its_own_variable(self):
+        free = chirrop._serve_sandbox(self.sandbox)
+        proxy = f"http://127.0.0.1:{free.server_address[1]}"
+        free.server_close()
+        https = {"CHIRROP_API_ENDPOINT": "https://x.invalid/v1.0/logs"}
+        for env, variable in (
+            ({"HTTP_PROXY": proxy}, "HTTP_PROXY"),
+            ({"http_proxy": proxy, "HTTP_PROXY": "http://unused"}, "http_proxy"),
+            ({"HTTPS_PROXY": proxy, **https}, "HTTPS_PROXY"),
+            ({"http_proxy": "http://proxy.invalid:1"}, "http_proxy"),
+        ):
+            with self.subTest(variable):
+                text = self.doctor(no_proxy="", **env)
+                self.assertRegex(text, f"logs: cannot connect to .*: check {variable}, ")
+                self.assertNotIn("check CHIRROP_API_ENDPOINT", text)
+
+    def test_a_proxy_that_wants_a_password(self):
+        self.sandbox.fail(status=407, body={"error": "who are you"}, path="/logs")
+        proxy = self.base[: -len("/v1.0")]
+        self.assertIn("Check http_proxy, or try", self.doctor(http_proxy=proxy, no_proxy=""))
+
     def test_an_answer_of_something_else(self):
         self.sandbox.fail(status=200, body="<html>please log in</html>", path="/events")
         self.assertIn("api: not a list of events. Check CHIRROP_SERVICER_ENDPOINT", self.doctor())
+        self.sandbox.fail(status=200, body="<html>please log in</html>", path="/logs")
+        self.assertIn("logs: no answer of ChirrOp's. Check CHIRROP_API_ENDPOINT", self.doctor())
         self.sandbox.fail(status=302, headers={"Location": "http://x"}, path="/logs")
         self.assertIn("logs: HTTP 302: redirects are not followed", self.doctor())
 
@@ -8276,7 +8600,7 @@ class DoctorTest(CommandLineCase):
     def test_the_proxy_in_use_is_shown_without_its_password(self):
         proxy = f"http://user:{CANARY}@{self.base.split('/')[2]}"
         text = self.doctor(0, http_proxy=proxy, no_proxy="")
-        self.assertIn(f"by the proxy {self.base.split('/')[2]}", text)
+        self.assertIn(f"by the proxy {self.base.split('/')[2]} of http_proxy", text)
         self.assertIn("no proxy", self.doctor(0, http_proxy=proxy, no_proxy="127.0.0.1"))
 
 
@@ -8888,6 +9212,64 @@ class DocsTest(TestCase):
         for name in chirrop.__all__:
             if name.endswith("Error") and name != "ChirrOpError":
                 self.assertIn(f"| `{name}` |", self.README)
+
+    def test_the_session_works_as_typed(self):
+        sandbox = Sandbox()
+        server = chirrop._serve_sandbox(sandbox)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(lambda: (server.shutdown(), thread.join(LONG), server.server_close()))
+        block = self.README.split("A session against")[1].split("```")[1].strip()
+        typed = "\n".join(line[2:] for line in block.splitlines() if line.startswith("$ "))
+        shown = [line for line in block.splitlines() if not line.startswith("$ ")]
+        typed = typed.replace("8125", str(server.server_port)).replace(
+            "python3 chirrop.py", f"'{sys.executable}' '{HERE / 'chirrop.py'}'"
+        )
+        done = subprocess.run(
+            ["sh", "-c", f"exec 2>&1\n{typed}"], capture_output=True, text=True, timeout=LONG,
+            encoding="utf-8", cwd=self.folder(), env={**os.environ, "PYTHONUTF8": "1"},
+        )  # fmt: skip
+
+        def alike(lines):  # the chart depends on the hour, an id on chance
+            lines = [re.sub("[0-9a-f]{8}-[0-9a-f-]{27}", "ID", x) for x in lines if "█" not in x]
+            return [re.sub(r"(?<=\d) {6,}.*", "", line) for line in lines]  # a window without logs
+
+        self.assertEqual(alike(done.stdout.splitlines()), alike(shown))
+        self.assertIn("█", done.stdout)
+
+    def test_what_a_log_may_be_names_every_argument_and_limit(self):
+        import inspect
+
+        part = self.README.split("## What a `Log` may be")[1].split("##")[0]
+        names = re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)
+        self.assertEqual(names, list(inspect.signature(Log).parameters))
+        for limit in (
+            f"{chirrop.MAX_META_BYTES:,} bytes",
+            f"{chirrop.MAX_META_KEYS} top-level keys",
+            f"{chirrop.MAX_AGE_SECONDS / 86400:.0f} days",
+            f"{chirrop.MAX_AHEAD_SECONDS / 86400:.0f} day ahead",
+        ):
+            self.assertIn(limit, part)
+
+    def test_every_vocabulary_is_in_its_table(self):
+        part = self.README.split("### Vocabularies")[1].split("## Testing")[0]
+        for words in (
+            chirrop._PERIODS, chirrop._WINDOWS, chirrop._PREVIOUS, chirrop._AGGREGATES,
+            chirrop._CONDITIONS, chirrop._SEVERITIES, chirrop._CHANNELS, chirrop._ALERT_STATUSES,
+        ):  # fmt: skip
+            for word in words:
+                self.assertIn(f"`{word}`", part)
+
+    def test_the_readmes_own_unit_test_passes_with_logging_disabled(self):
+        block = next(
+            b for b in re.findall(r"```python\n(.*?)```", self.README, re.DOTALL) if "TestCase" in b
+        )
+        os.environ["CHIRROP_DISABLED"] = "1"
+        scope = {"__name__": "readme"}
+        exec(compile(block, "README.md", "exec"), scope)
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(scope["CheckoutTest"]).run(result)
+        self.assertTrue(result.wasSuccessful() and result.testsRun, result.failures)
 
     def test_settings_and_their_defaults_are_those_of_config(self):
         import inspect
