@@ -16,6 +16,7 @@ import contextlib
 import copy
 import email.utils
 import faulthandler
+import functools
 import gc
 import http.client
 import io
@@ -23,6 +24,7 @@ import itertools
 import json
 import logging
 import logging.config
+import math
 import os
 import pathlib
 import pickle
@@ -43,6 +45,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unittest
 import unittest.mock
 import urllib.parse
@@ -1286,19 +1289,41 @@ class Simulation:
     """One seed: the real outbox, buffer and sender under a scripted transport and a hand-turned clock.
 
     There are no threads. What would happen at the same time happens inside the transport: before it
-    answers, it may log, flush, send another batch, close, or crash the process (for the spool).
+    answers, it may log, flush, send another batch, close, or crash the process (for the spool). A
+    call may be struck: somewhere in it an exception is raised, as by Ctrl-C, a signal handler, or a
+    full memory. It may cost that call, and nothing else.
     """
 
     class Crash(BaseException):
         pass
 
+    class Interrupt(KeyboardInterrupt):
+        pass
+
+    class TimeLimit(TimeoutError):  # what a signal handler raises may well be an OSError
+        pass
+
+    class NoMemory(MemoryError):
+        pass
+
+    class TooDeep(RecursionError):
+        pass
+
+    STRIKES = Interrupt, TimeLimit, NoMemory, TooDeep
+    running = None  # the one whose calls are struck
+
     def __init__(self, seed, path=None):
         self.rng = random.Random(seed)
         self.path, self.now, self.depth = path, 0.0, 0
-        self.accepted, self.dropped, self.acknowledged, self.stored = [], [], [], set()
+        self.fuse = None  # steps until the call that is under way is struck
         self.healthy = False
-        self.runs = []
-        self.poison = set()
+        self.poison, self.stored = set(), set()
+        self.accepted, self.doubtful = [], set()  # doubtful: the call of log() was struck
+        # Answers that the SDK has had; that it may have had, for a strike came with them.
+        self.delivered, self.unheard, self.answered = set(), set(), []
+        self.dropped, self.forgotten = [], set()  # forgotten: in memory only, when the process died
+        self.locks = []
+        Simulation.running = self
         self.start()
 
     def start(self):
@@ -1306,105 +1331,190 @@ class Simulation:
         self.config = Config(
             api_key=KEY, transport=self.transport, retries=rng.choice((0, 1, 3)), on_exhausted=rng.choice(("keep", "drop")),
             batch_size=rng.choice((1, 3, 250)), max_senders=rng.choice((1, 3)), on_drop=self.on_drop,
+            queue_size=rng.choice((0, 0, 0, 7)),
         )  # fmt: skip
-        buffer = SqliteSpool(self.path, synchronous="NORMAL") if self.path else chirrop._Memory()
+        buffer = SqliteSpool(self.path) if self.path else chirrop._Memory()
         self.outbox = chirrop._Outbox(buffer, self.config, rng.random)
         self.sender = chirrop._Sender(
             self.outbox, chirrop._Link(self.config), self.config, lambda: self.now
         )
         self.sender._spawn = lambda: None
+        self.sender._deliver = self.deliver
+        self.sender.report.kick = self.report
         self.sender.report.write = lambda final=False: None
+
+    # What strikes.
+
+    @classmethod
+    def struck(cls, function):
+        """Return a function that does the same, and may be struck before it and after it."""
+
+        @functools.wraps(function)
+        def step(*args, **kwargs):
+            cls.strike()
+            result = function(*args, **kwargs)
+            cls.strike()
+            return result
+
+        return step
+
+    @staticmethod
+    def strike(*_):
+        self = Simulation.running
+        if self is not None and self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0:
+                self.fuse = None
+                self.strikes += 1
+                raise self.rng.choice(self.STRIKES)
+
+    strikes = 0
+
+    def call(self, function, *args):
+        """Make a call, which may be struck: return (its result,), or () if it was."""
+        outer, self.fuse = self.fuse, None
+        strikes = self.strikes
+        if not self.healthy and self.rng.random() < 0.3:
+            self.fuse = self.rng.choice((self.rng.randrange(30), self.rng.randrange(150)))
+        try:
+            result = function(*args)
+        except self.STRIKES:
+            return ()
+        finally:
+            self.fuse = outer
+        assert self.strikes == strikes, "an exception was swallowed"
+        return (result,)
+
+    # The application, the server, other threads.
 
     def on_drop(self, logs, error):
         self.dropped += ids(logs)
         if self.rng.random() < 0.1:
             raise RuntimeError("on_drop")
 
+    def report(self):
+        """Do what the thread "chirrop-reporter" does."""
+        outer, self.fuse = self.fuse, None
+        self.sender.report.run()
+        self.fuse = outer
+        return True
+
     def transport(self, method, url, body, headers, timeout):
         logs = json.loads(body)
         assert 1 <= len(logs) <= 250
+        assert len(set(ids(logs))) == len(logs), "a log is twice in a batch"
+        assert not self.delivered & set(ids(logs)), "sent again after its answer"
+        outer, self.fuse = self.fuse, None  # what follows is not done by the caller
         for _ in range(0 if self.healthy else self.rng.choice((0, 0, 1, 2))):
             self.act()
+        self.fuse = outer
         self.now += self.rng.choice((0.0, 0.1, 5.0))
-        roll = (
-            "ok"
-            if self.healthy
-            else self.rng.choice(
-                ("ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash")
-            )
-        )
+        kinds = "ok", "ok", "ok", "lost", "reset", "status", "poison", "late crash"
+        roll = "ok" if self.healthy else self.rng.choice(kinds)
         if roll == "lost":
             raise ConnectionResetError("before")
         if any(log["log_id"] in self.poison for log in logs):
             return self.rng.choice((400, 413, 422)), b'{"error": "poison"}', {}
         if roll == "status":
             after = self.rng.choice(({}, {"Retry-After": "2"}, {"Retry-After": "nan"}))
-            return (
-                self.rng.choice((302, 401, 403, 404, 408, 429, 500, 502, 503, 504, 599)),
-                b"",
-                after,
-            )
+            statuses = 302, 401, 403, 404, 408, 413, 429, 500, 502, 503, 504, 599
+            return self.rng.choice(statuses), b"", after
         self.stored.update(ids(logs))
         if roll == "reset":
             raise ConnectionResetError("after")
         if roll == "late crash" and self.path:
             raise self.Crash
-        self.acknowledged += ids(logs) if not self.outbox.stopped else []
+        self.answered = [] if self.outbox.state.stopped else ids(logs)
         return 200, b"", {}
 
+    def deliver(self, batch, timeout):
+        self.answered = []
+        try:
+            chirrop._Sender._deliver(self.sender, batch, timeout)
+        except self.STRIKES:
+            self.unheard.update(self.answered)
+            raise
+        self.delivered.update(self.answered)
+
     def act(self):
-        action = self.rng.choice(
-            ("log", "log", "log", "send", "send", "tick", "flush", "stats", "end")
-        )
-        if action == "log":
-            for _ in range(self.rng.choice((1, 2, 300 if self.rng.random() < 0.03 else 5))):
-                log = Log("a", 1)
-                if self.rng.random() < 0.05:
-                    self.poison.add(log.log_id)
-                late = self.outbox.put(log._body)
-                self.accepted.append(log.log_id)
-                if late:
-                    self.sender.report.late(late)
-        elif action == "send":
-            self.send()
-        elif action == "tick":
-            self.now += self.rng.choice((0.01, 0.5, 3.0, 40.0))
-        elif action == "flush":
-            self.outbox.begin_flush(self.now)
-        elif action == "end" and self.rng.random() < 0.15:
-            if self.path and self.rng.random() < 0.7:
-                raise self.Crash
-            self.sender._shut()
+        actions = "log", "log", "log", "send", "send", "tick", "flush", "stats", "end"
+        getattr(self, self.rng.choice(actions))()
         self.balance()
 
+    def log(self):
+        for _ in range(self.rng.choice((1, 2, 300 if self.rng.random() < 0.03 else 5))):
+            entry = Log("a", 1)
+            if self.rng.random() < 0.05:
+                self.poison.add(entry.log_id)
+            try:
+                returned = self.call(self.sender.put, entry._body)
+            except ChirrOpQueueFullError:
+                continue
+            if returned:
+                self.accepted.append(entry.log_id)
+            else:
+                self.doubtful.add(entry.log_id)
+
     def send(self):
+        """Do what a sender does in one turn; the exception that strikes it does not end it."""
         if self.depth > 4:
-            return False
-        batch = self.outbox.take(self.now)
-        if batch is None:
-            return False
+            return
         self.depth += 1
         try:
-            self.sender._deliver(batch, 1.0)
+            self.call(self.send_as, 1000 + self.depth)
+            self.outbox.release(1000 + self.depth)  # as it will when it goes on
         finally:
             self.depth -= 1
-        return True
+
+    def send_as(self, holder):
+        self.outbox.buffer.tend()
+        batch = self.outbox.take(self.now, holder)
+        if batch is not None:
+            self.sender._deliver(batch, 1.0)
+
+    def tick(self):
+        self.now += self.rng.choice((0.01, 0.5, 3.0, 40.0))
+
+    def flush(self):
+        if self.depth or chirrop._is_inside(chirrop._Sender._deliver.__code__):
+            self.outbox.begin_flush(self.now)  # another thread's, which waits elsewhere
+            return
+        held = set(self.accepted) - set(self.dropped) - self.forgotten
+        deadline = self.now + self.rng.choice((0.0, 10.0, 1000.0, math.inf))
+        if self.call(self.sender.flush, deadline) == (True,):
+            assert held <= self.stored, "flush was True too early"
+
+    def stats(self):
+        self.call(self.outbox.stats)
+
+    def end(self):
+        if self.rng.random() > 0.15:
+            return
+        if self.path and self.rng.random() < 0.7:
+            raise self.Crash
+        self.call(self.sender.close, self.now + self.rng.choice((0.0, 10.0, 1000.0)))
 
     def crash(self):
         """Lose the process: everything in memory goes, the kernel closes its files and locks."""
         spool = self.outbox.buffer
-        if spool._conn is not None:
-            spool._conn.close()
-            os.close(spool._guard)
+        batches = [batch.items for batch in self.outbox.state.batches if not spool.stays(batch)]
+        for body in itertools.chain(spool._inbox, *batches):
+            self.forgotten.add(json.loads(body)["log_id"])
+        for file in spool._files():
+            file.side.close()
+            file.conn.close()
+        for lock in self.locks:
+            os.close(lock)
+        self.locks.clear()
         self.depth = 0
+        self.fuse = None
         self.start()
 
     def balance(self):
         stats = self.outbox.stats()
         total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
-        assert stats.accepted == total and min(stats.queued, stats.in_flight, stats.parked) >= 0, (
-            stats
-        )
+        assert stats.accepted == total, stats
+        assert stats.queued >= 0 and stats.in_flight >= 0, stats
         return stats
 
     def run(self):
@@ -1413,9 +1523,10 @@ class Simulation:
                 self.act()
             except self.Crash:
                 self.crash()
-            if self.outbox.stopped and self.rng.random() < 0.5:
+            if self.outbox.state.stopped and self.rng.random() < 0.5:
                 if not self.path:
                     break
+                self.sender.close(self.now)  # it may have been struck
                 self.start()
         self.finish()
 
@@ -1424,46 +1535,87 @@ class Simulation:
         self.healthy = True
         for _ in range(2 if self.path else 1):
             if self.path:
-                if not self.outbox.stopped:
-                    self.sender._shut()
+                self.sender.close(self.now)
                 self.start()
-            for _ in range(2000):
-                flush = self.outbox.begin_flush(self.now)
-                if flush.done:
+            for _ in range(200):
+                self.sender.flush(math.inf)
+                if not self.outbox.held():
                     break
-                try:
-                    while self.send():
-                        pass
-                except self.Crash:
-                    self.crash()
-                self.now += 40.0
             else:
                 raise AssertionError("it never ends")
-            held = self.outbox.held()
-            self.sender._shut()
-            assert self.outbox.stopped or not held
+            assert self.sender.close(math.inf) or not self.path
         stats = self.balance()
-        assert stats.queued == stats.in_flight == stats.parked == 0, stats
-        accepted, dropped, delivered = set(self.accepted), set(self.dropped), set(self.acknowledged)
+        assert stats.queued == stats.in_flight == 0, stats
+        self.check(stats)
+
+    def check(self, stats):
+        accepted, dropped = set(self.accepted), set(self.dropped)
+        known, delivered = accepted | self.doubtful, self.delivered | self.unheard & self.stored
         assert len(accepted) == len(self.accepted)
         assert len(dropped) == len(self.dropped), "a drop was reported twice"
-        assert delivered <= accepted and dropped <= accepted and self.stored <= accepted
-        assert accepted == (delivered | dropped | (self.stored if self.path else set())), (
-            "a log is unaccounted for"
-        )
+        assert delivered <= known and dropped <= known and self.stored <= known
         if self.path:
+            spool = SqliteSpool(self.path)
+            dead = set(ids(letter["log"] for letter in spool.dead_letters()))
+            settled = delivered | dropped | dead | self.stored | self.forgotten
+            assert accepted <= settled, "a log is unaccounted for"
             self.start()
-            self.outbox.begin_flush(self.now)
+            self.sender.flush(math.inf)
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
-            self.sender._shut()
+            self.sender.close(math.inf)
+            assert not self.locks, "a file is still locked"
+            names = os.listdir(os.path.dirname(self.path))
+            assert not any(name.endswith(("-lock", "-wal", "-shm")) for name in names), names
         else:
-            assert not delivered & dropped
-            assert stats.accepted == len(accepted), (stats.accepted, len(accepted))
-            assert stats.delivered == len(delivered) and sum(stats.dropped.values()) == len(dropped)
+            assert accepted <= delivered | dropped, "a log is unaccounted for"
+            assert not self.delivered & dropped
+            assert len(accepted) <= stats.accepted <= len(known), (stats, len(accepted))
+            assert len(self.delivered) <= stats.delivered <= len(delivered), stats
+            assert sum(stats.dropped.values()) == len(dropped), stats
 
 
 class SimulationTest(TestCase):
     """TEST_SEED=N runs one seed alone."""
+
+    def setUp(self):
+        super().setUp()
+        # Their code marks what a thread is doing: it is looked for on its stack.
+        marks = chirrop._Reporter.tell, chirrop._Reporter._write, chirrop._Sender._deliver
+        parts = chirrop._Outbox, chirrop._Memory, chirrop._Sender, SqliteSpool, chirrop._SpoolFile
+        for part in parts:
+            for name, step in vars(part).items():
+                if isinstance(step, types.FunctionType) and step not in marks:
+                    self.patch(part, name, Simulation.struck(step))
+        self.patch(chirrop._Bell, "wait", self.wait)
+        self.patch(chirrop, "_ADOPT_SECONDS", 0.0)
+        self.patch(chirrop, "SPOOL_RETRY_SECONDS", 0.0)
+        lock, unlock = chirrop._lock_file, chirrop._unlock_file
+
+        def lock_file(path):
+            fd = lock(path)
+            Simulation.running.locks += [] if fd is None else [fd]
+            return fd
+
+        def unlock_file(path, fd):
+            Simulation.running.locks.remove(fd)
+            unlock(path, fd)
+
+        self.patch(chirrop, "_lock_file", lock_file)
+        self.patch(chirrop, "_unlock_file", unlock_file)
+        self.addCleanup(setattr, Simulation, "running", None)
+        if hasattr(signal, "SIGUSR1"):  # so that what it raises counts as a handler's
+            before = signal.signal(signal.SIGUSR1, Simulation.strike)
+            self.addCleanup(signal.signal, signal.SIGUSR1, before)
+
+    def patch(self, *args):
+        patcher = mock.patch.object(*args)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    @staticmethod
+    def wait(bell, timeout):
+        Simulation.running.now += min(timeout, 1000.0)
+        return False
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
