@@ -2635,26 +2635,33 @@ class _Sender:
                 )
 
     def _run(self, threads: list[threading.Thread]) -> None:
+        """Send until the client is closed; `threads` is another list in a forked child, into which
+        gevent may have carried this greenlet over."""
         try:
-            # No longer ours: a forked child into which gevent has carried this greenlet over.
-            while self._threads is threads:
-                try:
-                    with self._lead:
-                        batch = self._next(threads)
-                    if batch is None:
-                        break
-                    self._deliver(batch, self._config.timeout)
-                except Exception as exc:  # a bug of ours, or no memory: a sender goes on
-                    self.report.note(
-                        "sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}"
-                    )
-                    time.sleep(1.0)
-        finally:  # also when a worker's abort has raised in here: the next log starts another
+            while self._threads is threads and self._turn(threads):
+                pass
+        except BaseException as exc:  # a worker's abort, in here; the next log starts another sender
+            self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
+        finally:
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
                 self.outbox.release(threading.get_ident())
-                self._tell()
+                for _, bell in list(self._callers):  # they look whether there is still a sender
+                    bell.ring()
+
+    def _turn(self, threads: list[threading.Thread]) -> bool:
+        """Wait for a batch and send it; False when there is nothing more to do."""
+        try:
+            with self._lead:
+                batch = self._next(threads)
+            if batch is None:
+                return False
+            self._deliver(batch, self._config.timeout)
+        except Exception as exc:  # a bug of ours, or no memory: a sender goes on
+            self.report.note("sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+            time.sleep(1.0)
+        return True
 
     def _next(self, threads: list[threading.Thread]) -> _Batch | None:
         """Wait for the next batch; None when there is nothing more to do."""
@@ -3679,8 +3686,12 @@ class Client:
                 or wait > policy.longest
             ):
                 raise error
-            if self._sender.pause(_backoff(attempt, error.retry_after, _random)):
+            if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
                 raise error
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; return True at once when the client is being closed."""
+        return self._sender.pause(seconds)
 
     # Events, their logs and analytics.
 
