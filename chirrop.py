@@ -1185,16 +1185,16 @@ def _unlock_file(path: str, fd: int) -> None:
 def _check_owner(path: str, found: os.stat_result) -> None:
     """Refuse what is no regular file, or belongs to another user, who could feed us logs."""
     if not stat.S_ISREG(found.st_mode):
-        raise _NoSpool(f"{path} is not a regular file")
+        raise _NoSpool("it is not a regular file")
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-        raise _NoSpool(f"{path} belongs to another user")
+        raise _NoSpool(f"{os.path.basename(path)} belongs to another user")
 
 
 def _check_neighbours(path: str) -> None:
     """Refuse a folder or side files by which another user could reach a spool."""
     folder = os.stat(os.path.dirname(path)).st_mode
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
-        raise _NoSpool(f"everyone may replace files in {os.path.dirname(path)}: use another folder")
+        raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):
         if os.path.lexists(path + suffix):
             _check_owner(path + suffix, os.lstat(path + suffix))
@@ -1215,15 +1215,15 @@ def _check_header(path: str) -> bool:
     if not header:
         return False
     if not header.startswith(b"SQLite format 3\0"):
-        raise _NoSpool(f"{path} is no spool")
+        raise _NoSpool("it is no spool")
     version, application = int.from_bytes(header[60:64], "big"), int.from_bytes(header[68:], "big")
     if application != _SPOOL_ID:
         raise _NoSpool(
-            f"{path} is another program's database, or a spool of the first layout,"
-            " which `chirrop drain` of the version that wrote it can empty"
+            "it is the database of another program, or a spool of the first layout, which"
+            " `chirrop drain` of the version that wrote it can empty"
         )
     if version > _SPOOL_VERSION:
-        raise _NoSpool(f"{path} was written by a newer version of chirrop")
+        raise _NoSpool("it was written by a newer version of chirrop")
     return True
 
 
@@ -1395,7 +1395,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 rows += self._dead_rows(path, remove)
-            except (OSError, self._sqlite3.Error) as exc:
+            except (OSError, _NoSpool, self._sqlite3.Error) as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {path} cannot be read: {exc}") from exc
@@ -1408,7 +1408,7 @@ class SqliteSpool:
         conn = self._connect(path, "rw" if remove else "ro")
         try:
             if conn.execute("PRAGMA application_id").fetchall()[0][0] != _SPOOL_ID:
-                raise _NoSpool(f"{path} is no spool")
+                raise _NoSpool("it is no spool")
             if remove:
                 conn.execute("BEGIN IMMEDIATE")
             rows: list[tuple[bytes, str]] = conn.execute(_SQL_DEAD).fetchall()
@@ -2067,7 +2067,10 @@ class _Outbox:
         self.state = _dropped(self.state, reason, 1, self._for_on_drop(items), error)
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
-        return items if self._config.on_drop is not None else None
+        """Return the logs that on_drop is to get; None for those that it has logged itself."""
+        if self._config.on_drop is None or _is_inside(_Reporter.tell.__code__):
+            return None
+        return items
 
     def _set(self, **changes: Any) -> None:
         self.state = self.state._replace(**changes)
@@ -2439,7 +2442,7 @@ class _Reporter:
                 self._notes.append((_INFO, "logs are accepted again"))
         elif verdict in (_RETRY, _HOLD, _REFUSED):
             held = self._outbox.held()
-            what = f"held, {held:,} of them" if held else "refused"
+            what = f"held, retrying; {held:,} wait" if held else "refused"
             self._failing |= self.note("state", _WARNING, f"logs are {what}: {error}")
 
     def due(self) -> bool:
@@ -2577,7 +2580,7 @@ class _Sender:
             buffer.put(data)
         if outbox.state.stopped:
             outbox.sweep()
-            self._hand_over(0.0)
+            self._tell()
         elif buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
 
@@ -2706,7 +2709,8 @@ class _Sender:
             if ready():
                 _discard(self._callers, caller)
                 bell.ring()
-        self.report.kick()
+        if not self.report.kick():
+            self.report.run()
 
     def _wait(self, ready: Callable[[], bool], deadline: float) -> bool:
         """Wait until `ready()`, at which senders look after each answer; return what it says."""
@@ -2790,7 +2794,7 @@ class _Sender:
 
     def _join(self, threads: list[threading.Thread], deadline: float) -> None:
         for thread in list(threads):
-            if thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, min(threading.TIMEOUT_MAX, deadline - self._clock())))
 
     def _hand_over(self, deadline: float) -> None:
