@@ -811,7 +811,7 @@ def _checked_level(value: object) -> int:
 class Config:
     """Settings of a client, checked when they are made; no client changes them, so one can serve many.
 
-    A pickled one travels without its key, and takes CHIRROP_API_KEY (or ./.env) where it is unpickled.
+    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
 
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
