@@ -851,6 +851,8 @@ def _checked_level(value: object) -> int:
 class Config:
     """Settings of a client, checked when they are made; no client changes them, so one can serve many.
 
+    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
+
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
@@ -866,7 +868,8 @@ class Config:
         servicer_retries: further attempts of a control-plane call, from 0.
         on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
         max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
-        exit_timeout: seconds that all clients together may delay the end of the process, from 0.
+        exit_timeout: seconds that all clients together may delay the end of the process, and that a client
+            may delay the end of a Lambda invocation, from 0.
         transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
@@ -973,6 +976,23 @@ class Config:
 
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
+
+    def __copy__(self, _: object = None) -> Config:
+        return self
+
+    __deepcopy__ = __copy__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_config, ({**self.__dict__, "api_key": None},)
+
+
+def _restore_config(fields: dict[str, Any]) -> Config:
+    """Return a Config from a pickle: brokers, schedulers and disks keep those, so a key is not in them."""
+    try:
+        return Config(**fields)
+    except ChirrOpValidationError as exc:
+        text = f"cannot unpickle a Config, which travels without its key: {exc}"
+        raise ChirrOpValidationError(text) from exc
 
 
 # ---- Buffers --------------------------------------------------------------
@@ -2643,7 +2663,9 @@ class _Sender:
         try:
             while self._threads is threads and self._turn(threads):
                 pass
-        except BaseException as exc:  # a worker's abort, in here; the next log starts another sender
+        except (
+            BaseException
+        ) as exc:  # a worker's abort, in here; the next log starts another sender
             self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
         finally:
             if self._threads is threads:
@@ -3350,6 +3372,14 @@ def _as_given(values: Sequence[object]) -> bytes:
     return json.dumps(fields).encode()
 
 
+def _seconds_left(context: Any) -> float:
+    """Return what is left of a Lambda invocation; inf where its context does not say."""
+    try:
+        return float(context.get_remaining_time_in_millis()) / 1000
+    except Exception:  # None, as tests pass it, or a context of another make
+        return math.inf
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -3396,6 +3426,11 @@ class Client:
         if "_sender" not in self.__dict__:  # a traceback with locals shows one whose making failed
             return "<chirrop.Client>"
         return f"<chirrop.Client {self.config.api_endpoint} {self.stats()}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "cannot pickle or copy a Client: make it in the worker, and send its Config there"
+        )
 
     # Events.
 
@@ -3565,24 +3600,25 @@ class Client:
         """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
 
         Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched; 0.2 s are left for the return itself.
+        invocation. The handler's result and errors pass through untouched. A server that does not answer
+        costs an invocation `exit_timeout` seconds at most, and a tenth of that from the second one on,
+        until something gets through; 0.2 s of the remaining time are left for the return itself.
         """
         import functools
 
         @functools.wraps(handler)
         def run(event: Any, context: Any = None, *args: Any) -> Any:
+            before = self.stats()
             try:
                 return handler(event, context, *args)
             finally:
-                sender = self._here()
-                if sender.outbox.held():
-                    try:
-                        left = context.get_remaining_time_in_millis() / 1000
-                        # 0.2 s for the return itself
-                        self.flush(max(0.0, min(left - 0.2, 86400.0)))
-                    except Exception as exc:  # not a Lambda context
-                        text = f"no flush after the handler: {type(exc).__name__}: {exc}"
-                        sender.report.note("lambda", _ERROR, text)
+                after = self.stats()
+                if after.queued or after.in_flight:
+                    limit = self.config.exit_timeout
+                    left_over = before.queued or before.in_flight
+                    if left_over and before.last_error and before.delivered == after.delivered:
+                        limit /= 10
+                    self.flush(max(0.0, min(limit, _seconds_left(context) - 0.2)))
 
         return run  # type: ignore[return-value]
 

@@ -158,10 +158,7 @@ class TestCase(unittest.TestCase):
         stats = client.stats()
         self.assertEqual(
             stats.accepted,
-            stats.delivered
-            + sum(stats.dropped.values())
-            + stats.queued
-            + stats.in_flight,
+            stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight,
             stats,
         )
         return stats
@@ -715,7 +712,26 @@ class ConfigTest(TestCase):
             config.retries = 3
         self.assertNotIn("canary", repr(config) + str(config) + repr(vars(config)))
         self.assertEqual((config.api_key, f"{config.api_key}"), ("chp_canary", "chp_canary"))
-        self.assertEqual(vars(copy.copy(config)), vars(config))
+
+    def test_a_copy_of_a_config_is_the_config(self):
+        config = Config(api_key=KEY, transport=lambda *_: None, spool=SqliteSpool("a.spool"))
+        self.assertIs(copy.copy(config), config)
+        self.assertIs(copy.deepcopy([config])[0], config)
+
+    def test_a_pickled_config_travels_without_its_key_and_takes_the_one_where_it_arrives(self):
+        config = Config(api_key="chp_canary", retries=3, on_drop=print, spool="a.spool")
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            pickled = pickle.dumps(config, protocol)
+            self.assertNotIn(b"canary", pickled)
+            os.environ["CHIRROP_API_KEY"] = "chp_there"
+            self.assertEqual(vars(pickle.loads(pickled)), {**vars(config), "api_key": "chp_there"})
+            del os.environ["CHIRROP_API_KEY"]
+            with self.assertRaisesRegex(
+                ChirrOpError, "travels without its key: API key is required$"
+            ):
+                pickle.loads(pickled)
+        disabled = pickle.loads(pickle.dumps(Config(disabled=True)))
+        self.assertEqual((disabled.disabled, disabled.api_key), (True, ""))
 
     def test_the_key_comes_from_the_argument_then_the_environment_then_dotenv(self):
         with self.assertRaisesRegex(
@@ -1232,13 +1248,7 @@ class Simulation:
 
     def balance(self):
         stats = self.outbox.stats()
-        total = (
-            stats.delivered
-            + sum(stats.dropped.values())
-            + stats.queued
-            + stats.in_flight
-            
-        )
+        total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
         assert stats.accepted == total and min(stats.queued, stats.in_flight, stats.parked) >= 0, (
             stats
         )
@@ -2042,7 +2052,9 @@ class SpoolCorruptTest(ProcessTestCase):
         spool = client._outbox.buffer
         with spool._lock:
             spool._degrade(sqlite3.DatabaseError("malformed"))
-        client._outbox.state.resume_at = time.monotonic() + 60  # until go: the new log stays in the file
+        client._outbox.state.resume_at = (
+            time.monotonic() + 60
+        )  # until go: the new log stays in the file
         client.log(Log("new", 1))
         self.assertEqual(self.rows(path), 1)  # under the row id of the old one
         go.set()
@@ -5204,6 +5216,18 @@ class ClientTest(TestCase):
         done.set()
         self.assertEqual(self.assertBalanced(client).accepted, 6000)
 
+    def test_a_client_refuses_pickle_and_copy_and_says_what_to_send(self):
+        client = self.client()
+        for make in (
+            pickle.dumps,
+            lambda c: pickle.dumps(c.log, 0),
+            copy.copy,
+            copy.deepcopy,
+            lambda c: copy.deepcopy(c.with_options(timeout=3)),
+        ):
+            with self.assertRaisesRegex(TypeError, "make it in the worker, and send its Config"):
+                make(client)
+
 
 # ---- Control plane --------------------------------------------------------
 
@@ -5610,6 +5634,59 @@ class LambdaTest(TestCase):
             with self.assertRaises(KeyError):
                 handler("mine", context)
         self.assertEqual(client.stats().queued, 6)
+
+    def test_without_a_context_that_tells_the_time_it_flushes_all_the_same(self):
+        transport = FakeTransport()
+        client = self.client(transport=transport, flush_delay=86400)
+        handler = client.lambda_handler(lambda event, context=None: client.log(Log("a", event)))
+        for number, arguments in enumerate(
+            [(1,), (2, None), (3, object()), (4, self.Context("x"))]
+        ):
+            handler(*arguments)
+            self.assertEqual(len(transport.logs()), number + 1)
+
+    def bounds(self, client, *invocations):
+        """Return how long each invocation let its flush wait: that is the most it may cost."""
+        asked = []
+        client.flush = lambda timeout: asked.append(timeout) or Client.flush(client, timeout)
+        for work, context in invocations:
+            client.lambda_handler(lambda *_, work=work: work())(None, context)
+        return asked
+
+    def test_a_server_out_of_reach_costs_exit_timeout_then_a_tenth_until_something_gets_through(
+        self,
+    ):
+        down = threading.Event()
+        down.set()
+        transport = FakeTransport(default=lambda _: OSError("down") if down.is_set() else 200)
+        client = self.client(transport=transport, flush_delay=86400, retries=0, exit_timeout=4.0)
+
+        def work():
+            client.log(Log("a", 1))
+
+        def recovered():
+            down.clear()
+            work()
+
+        self.assertEqual(
+            self.bounds(
+                client,
+                (work, None),  # nothing is known yet
+                (work, None),  # what the last invocation left is still there
+                (work, self.Context(300)),
+                (work, self.Context(100)),
+                (recovered, None),  # cannot know better before it has tried
+                (work, None),
+            ),
+            [4.0, 0.4, 0.3 - 0.2, 0.0, 0.4, 4.0],
+        )
+        self.assertEqual(client.stats().delivered, 6)
+
+    def test_logs_made_before_the_first_invocation_do_not_shorten_its_flush(self):
+        client = self.client(flush_delay=86400, exit_timeout=4.0)
+        client.log(Log("cold.start", 1))
+        self.assertEqual(self.bounds(client, (lambda: None, None)), [4.0])
+        self.assertEqual(client.stats().delivered, 1)
 
 
 class GlobalTest(TestCase):
