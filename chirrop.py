@@ -2490,8 +2490,8 @@ class _Reporter:
             drop = self._outbox.state.untold[0]
             try:
                 self._on_drop([_decoded(item) for item in drop.items], drop.error)
-            except Exception as exc:  # it is the application's code
-                if _is_from_handler(exc):
+            except BaseException as exc:  # it is the application's code
+                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
@@ -2591,18 +2591,26 @@ class _Sender:
         """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
         outbox, buffer = self.outbox, self.outbox.buffer
         if outbox.closed:
-            self.report.note(
-                "late", _WARNING, "logged after close: this and further logs are dropped"
-            )
-        if self._config.queue_size and not outbox.closed:
+            return self._put_late(data)
+        if self._config.queue_size:
             self._put_bounded(data)
         else:
             buffer.put(data)
-        if outbox.state.stopped:
-            outbox.sweep()
-            self._tell()
-        elif buffer.level() >= self._wake_at and self._bell.is_silent():
+        if buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
+        if outbox.state.stopped:  # since the check above: the last sweep may have missed this log
+            outbox.sweep()
+        return None
+
+    def _put_late(self, data: bytes) -> None:
+        self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
+        if _is_inside(_Reporter.tell.__code__):  # else on_drop would hear of what it logs itself
+            return self.refuse("closed", data, ChirrOpError("logged after close"))
+        self.outbox.buffer.put(data)
+        if self.outbox.state.stopped:
+            self.outbox.sweep()
+            self._tell()
+        return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
@@ -2613,8 +2621,8 @@ class _Sender:
         deadline = self._clock() + self._config.timeout
         while not self.outbox.offer(data):
             self.wake()  # a full queue is a full batch
-            room = not self._is_nested() and self._alive() and self._wait(self._has_room, deadline)
-            if not room:
+            nested = _is_inside(_exclusively.__code__, _Sender._run.__code__)
+            if nested or not self._alive() or not self._wait(self._has_room, deadline):
                 size = self._config.queue_size
                 raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
 
@@ -2780,8 +2788,10 @@ class _Sender:
         return math.inf if timeout is None else self._clock() + timeout
 
     def flush(self, deadline: float) -> bool:
-        if self._is_nested():
-            return not self.outbox.held()
+        if _is_inside(_exclusively.__code__):
+            return False  # a sender may need the lock that this thread has
+        if _is_inside(_Sender._run.__code__, _Sender._deliver.__code__, _Reporter.tell.__code__):
+            return not self.outbox.held()  # this thread would wait for itself
         self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
@@ -2846,15 +2856,6 @@ class _Sender:
             self._link.close()
             _open_senders.discard(self)
 
-    def _is_nested(self) -> bool:
-        """Tell whether to wait here would be to wait for this very thread."""
-        return _is_inside(
-            _exclusively.__code__,
-            _Sender._run.__code__,
-            _Sender._deliver.__code__,
-            _Reporter.tell.__code__,
-        )
-
 
 def _discard(things: list[Any], thing: object) -> None:
     try:
@@ -2902,24 +2903,21 @@ def _close_with_multiprocessing() -> None:
 
 _finalizing: dict[str, int] = {}  # the process in which that has been arranged
 
-_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's use of SQLite
+_FORK_SECONDS = 5.0  # a fork waits at most so long for other threads' use of SQLite
 
 
 def _locks() -> list[Any]:
     """Return the locks under which SQLite is used, in the order in which they are taken."""
-    buffers = [sender.outbox.buffer for sender in list(_open_senders)]
-    return [
-        lock
-        for buffer in buffers
-        for lock in (getattr(buffer, "tending", None), buffer.lock)
-        if lock
-    ]
+    buffers: list[Any] = [sender.outbox.buffer for sender in list(_open_senders)]
+    spools = [buffer for buffer in buffers if isinstance(buffer, SqliteSpool)]
+    return [lock for spool in spools for lock in (spool.tending, spool.lock)]
 
 
 def _before_fork() -> None:
     """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
+    deadline = time.monotonic() + _FORK_SECONDS
     for lock in _locks():
-        lock.acquire(timeout=_FORK_SECONDS)
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_parent() -> None:
