@@ -19,6 +19,7 @@ import faulthandler
 import gc
 import http.client
 import io
+import itertools
 import json
 import logging
 import logging.config
@@ -859,12 +860,22 @@ class ConfigTest(TestCase):
 class PolicyTest(TestCase):
     def test_every_status_has_its_verdict(self):
         table = {
-            "delivered": (200, 201, 202, 204, 299), "split": (400, 413, 422), "retry": (0, 100, 408, 429, 501, 502, 504, 505, 520, 599),
-            "refused": (300, 301, 302, 304, 307, 308, 401, 402, 403, 404, 405, 409, 410, 418, 451, 500, 503),
+            "delivered": (200, 201, 202, 204, 299), "split": (400, 422), "halve": (413,),
+            "retry": (0, 100, 408, 429, 501, 502, 504, 505, 520, 599), "hold": (500, 503),
+            "refused": (300, 301, 302, 304, 307, 308, 401, 402, 403, 404, 405, 409, 410, 418, 451, 600, 999),
         }  # fmt: skip
         for verdict, statuses in table.items():
             for status in statuses:
-                self.assertEqual(chirrop._verdict(status), verdict, status)
+                self.assertEqual(chirrop._verdict(chirrop._INGEST, status), verdict, status)
+
+    def test_the_control_plane_has_verdicts_of_its_own(self):
+        table = {
+            "delivered": (200, 201, 202, 204, 299), "retry": (0, 100, 408, 429, 501, 502, 504, 505, 520, 599),
+            "refused": (300, 302, 304, 308, 400, 401, 403, 404, 409, 413, 422, 500, 503, 600),
+        }  # fmt: skip
+        for verdict, statuses in table.items():
+            for status in statuses:
+                self.assertEqual(chirrop._verdict(chirrop._CONTROL, status), verdict, status)
 
     def test_backoff_doubles_to_its_cap_and_spreads_over_all_of_it(self):
         windows = [chirrop._backoff(n, None, lambda: 0.999999) for n in range(1, 9)]
@@ -901,204 +912,371 @@ class PolicyTest(TestCase):
 class BufferMixin:
     """What the memory queue and the spool have in common."""
 
-    def test_logs_come_out_in_order_up_to_the_limit(self):
-        buffer = self.buffer()
-        for i in range(7):
-            buffer.put(b"%d" % i)
-        self.assertEqual(len(buffer), 7)
-        self.assertEqual(buffer.take(3)[1], [b"0", b"1", b"2"])
-        buffer.put(b"7")
-        self.assertEqual(len(buffer), 5)
-        self.assertEqual(buffer.take(250)[1], [b"3", b"4", b"5", b"6", b"7"])
-        self.assertEqual((buffer.take(250)[1], len(buffer)), ([], 0))
+    def setUp(self):
+        super().setUp()
+        self.buffer, self.batches = self.make(), ()
+        self.buffer.batches = lambda: self.batches
+
+    def put(self, *numbers):
+        for number in numbers:
+            self.buffer.put(b"%d" % number)
+
+    def fill(self):
+        batch = chirrop._Batch(0)
+        self.batches += (batch,)
+        self.buffer.fill(batch)
+        return batch
+
+    def settle(self, batch, error=None):
+        self.buffer.settle(batch, error)
+        self.batches = tuple(other for other in self.batches if other is not batch)
+
+    def test_logs_come_out_in_order_and_at_most_250_at_once(self):
+        self.put(*range(600))
+        self.assertEqual(self.buffer.size(), 600)
+        self.assertEqual(self.fill().items, [b"%d" % n for n in range(250)])
+        self.put(600)
+        self.assertEqual(self.buffer.size(), 351)
+        self.assertEqual(self.fill().items, [b"%d" % n for n in range(250, 500)])
+        self.assertEqual(self.fill().items, [b"%d" % n for n in range(500, 601)])
+        self.assertEqual((self.fill().items, self.buffer.size()), ([], 0))
+
+    def test_what_is_settled_in_any_order_and_in_parts_is_not_filled_again(self):
+        self.put(*range(500))
+        first, second = self.fill(), self.fill()
+        self.settle(second)
+        self.put(500)
+        halves = first.part(0, 125), first.part(125, 250)
+        self.batches = (*(b for b in self.batches if b is not first), *halves)
+        self.settle(halves[1])
+        self.assertEqual(self.buffer.size(), 1)
+        self.settle(halves[0], "no good")
+        self.assertEqual(self.fill().items, [b"500"])
+        self.assertEqual((self.fill().items, self.buffer.size()), ([], 0))
+
+    def test_the_level_rises_with_each_put(self):
+        before = self.buffer.level()
+        self.put(1)
+        self.put(2)
+        self.assertEqual(self.buffer.level(), before + 2)
 
     def test_an_empty_buffer_takes_every_call(self):
-        buffer = self.buffer()
-        buffer.adopt()
-        buffer.remove([])
-        buffer.bury([], "x")
-        self.assertEqual((buffer.park([]), buffer.give_back([]), buffer.lost), (False, False, 0))
+        buffer, batch = self.buffer, chirrop._Batch(0)
+        buffer.fill(batch)
+        buffer.settle(batch, None)
+        buffer.settle(batch, "error")
+        buffer.tend()
+        self.assertFalse(buffer.stays(batch))
+        self.assertEqual((batch.items, buffer.size(), buffer.lost), ([], 0, 0))
+        self.assertEqual(buffer.leave(), 0)
+        buffer.close()
+        buffer.close()
+        self.assertFalse(buffer.is_open())
+
+    def test_after_a_fork_it_is_empty_and_takes_logs(self):
+        self.put(1, 2, 3)
+        self.fill()
+        self.batches = ()
+        self.buffer.after_fork()
+        self.assertEqual((self.buffer.size(), self.fill().items), (0, []))
+        self.put(4)
+        self.assertEqual(self.fill().items, [b"4"])
 
 
 class MemoryBufferTest(BufferMixin, TestCase):
-    def buffer(self):
+    def make(self):
         return chirrop._Memory()
 
 
 class SpoolBufferTest(BufferMixin, TestCase):
-    def buffer(self):
+    def make(self):
         spool = SqliteSpool(self.folder() / "spool")
         self.addCleanup(spool.close)
         return spool
 
+    def tearDown(self):
+        super().tearDown()
+        chirrop._inherited.clear()  # of a fork that was none
+
+    def test_what_is_filled_stays_in_the_file_until_it_is_settled(self):
+        self.put(1, 2, 3)
+        batch = self.fill()
+        self.assertTrue(self.buffer.stays(batch))
+        self.batches = ()  # as after the death of its process
+        self.assertEqual(self.fill().items, [b"1", b"2", b"3"])
+        self.settle(batch)
+        self.batches = ()
+        self.assertEqual(self.fill().items, [])
+
 
 class OutboxTest(TestCase):
-    """The state machine alone: no threads, the clock is a number."""
+    """The decisions alone: no threads, the clock is a number."""
 
     def outbox(self, **fields):
+        self.holders = itertools.count(1)  # each take is another thread's
         return chirrop._Outbox(chirrop._Memory(), Config(api_key=KEY, **fields), lambda: 0.5)
 
     def fill(self, outbox, count):
         logs = [Log("a", i)._body for i in range(count)]
         for log in logs:
-            outbox.put(log)
+            outbox.buffer.put(log)
         return logs
+
+    def take(self, outbox, now=0.0):
+        return outbox.take(now, next(self.holders))
+
+    def answer(self, outbox, batch, status, now=0.0, **fields):
+        answer, verdict = (
+            chirrop._Answer(status, **fields),
+            chirrop._verdict(chirrop._INGEST, status),
+        )
+        error = None if verdict == "delivered" else answer.error()
+        outbox.settle(batch, verdict, error, now)
 
     def test_a_lone_log_waits_for_others_until_flush_delay(self):
         outbox = self.outbox(flush_delay=0.5)
-        self.assertIsNone(outbox.arm(0.0))
+        self.assertIsNone(outbox.due_in(0.0))
         self.fill(outbox, 1)
-        self.assertEqual(outbox.arm(10.0), 0.5)
-        self.assertIsNone(outbox.take(10.4))
-        self.assertEqual(len(outbox.take(10.5).items), 1)
+        self.assertEqual(outbox.due_in(10.0), 0.5)
+        self.assertIsNone(self.take(outbox, 10.4))
+        self.assertEqual(len(self.take(outbox, 10.5).items), 1)
 
     def test_batch_size_starts_a_send_and_250_end_it(self):
         outbox = self.outbox(batch_size=10)
         self.fill(outbox, 9)
-        self.assertIsNone(outbox.take(0.0))
+        self.assertIsNone(self.take(outbox))
         self.fill(outbox, 491)
-        self.assertEqual(len(outbox.take(0.0).items), 250)
-        self.assertIsNone(outbox.take(0.0), "one request at a time to begin with")
+        self.assertEqual(len(self.take(outbox).items), 250)
+        self.assertIsNone(self.take(outbox), "one request at a time to begin with")
 
-    def test_a_sender_is_called_once_per_batch(self):
+    def test_a_sender_is_woken_once_per_batch(self):
         outbox, calls = self.outbox(), []
-        outbox.on_ready = lambda: calls.append(len(outbox.buffer))
-        self.fill(outbox, 3)
+        sender = chirrop._Sender(outbox, None, Config(api_key=KEY))
+
+        def wake():
+            calls.append(outbox.buffer.size())
+            sender._bell.ring()
+
+        sender.wake = wake
+
+        def log(count):
+            for number in range(count):
+                sender.put(b"%d" % number)
+
+        log(3)
         self.assertEqual(calls, [1])
-        outbox.arm(0.0)
-        self.fill(outbox, 600)
+        sender._bell.wait(0)
+        sender._wake_at = outbox.wake_level(0.0)  # as a sender does before it waits
+        log(600)
         self.assertEqual(calls, [1, 250])
+        sender._bell.wait(0)
+        self.take(outbox)
+        sender._wake_at = outbox.wake_level(0.0)
+        log(600)
+        self.assertEqual(calls, [1, 250], "nothing can be sent while a request is under way")
 
     def test_successes_with_a_backlog_bring_senders_and_a_failure_takes_them_back_to_one(self):
         outbox = self.outbox(max_senders=3)
         self.fill(outbox, 250 * 12)
         widths = []
         for _ in range(4):
-            outbox.settle(outbox.take(0.0), chirrop._Answer(200), 0.0)
-            widths.append(outbox.width)
+            self.answer(outbox, self.take(outbox), 200)
+            widths.append(outbox.state.width)
         self.assertEqual(widths, [2, 3, 3, 3])
-        flying = [outbox.take(0.0) for _ in range(3)]
-        self.assertIsNone(outbox.take(0.0))
-        outbox.settle(flying[0], chirrop._Answer(502), 0.0)
-        self.assertEqual(outbox.width, 1)
+        flying = [self.take(outbox) for _ in range(3)]
+        self.assertIsNone(self.take(outbox))
+        self.answer(outbox, flying[0], 502)
+        self.assertEqual(outbox.state.width, 1)
 
     def test_a_retried_batch_is_the_same_bytes_and_goes_first(self):
         outbox = self.outbox()
         logs = self.fill(outbox, 300)
-        batch = outbox.take(0.0)
-        outbox.settle(batch, chirrop._Answer(502), 0.0)
-        self.assertEqual(outbox.arm(0.0), 0.5)  # half of the first window, by rand
-        self.assertIsNone(outbox.take(0.4))
-        self.assertIs(outbox.take(0.5), batch)
-        self.assertEqual(batch.items, logs[:250])
+        self.answer(outbox, self.take(outbox), 502)
+        self.assertEqual(outbox.due_in(0.0), 0.5)  # half of the first window, by rand
+        self.assertIsNone(self.take(outbox, 0.4))
+        self.assertEqual(self.take(outbox, 0.5).items, logs[:250])
         self.assertEqual(outbox.stats().retries, 1)
 
     def test_failures_at_the_same_time_count_once(self):
-        outbox = self.outbox()
-        outbox.width = 4
-        self.fill(outbox, 1000)
-        for batch in [outbox.take(0.0) for _ in range(4)]:
-            outbox.settle(batch, chirrop._Answer(0, cause=OSError()), 0.0)
-        self.assertEqual(outbox.arm(0.0), 0.5)
+        outbox = self.outbox(max_senders=4)
+        self.fill(outbox, 2000)
+        for _ in range(3):
+            self.answer(outbox, self.take(outbox), 200)
+        for batch in [self.take(outbox) for _ in range(4)]:
+            self.answer(outbox, batch, 0, cause=OSError())
+        self.assertEqual((outbox.due_in(0.0), outbox.state.failures), (0.5, 1))
 
     def test_an_exhausted_batch_is_kept_while_others_pass(self):
         outbox = self.outbox(retries=1)
-        self.fill(outbox, 500)
-        stuck = outbox.take(0.0)
-        now = 0.0
-        for _ in range(2):
-            outbox.settle(stuck, chirrop._Answer(502), now)
-            now += 5.0
-            stuck_again = outbox.take(now)
-        self.assertIsNot(stuck_again, stuck)
-        outbox.settle(stuck_again, chirrop._Answer(200), now)
+        logs = self.fill(outbox, 500)
+        self.answer(outbox, self.take(outbox), 502)
+        self.answer(outbox, self.take(outbox, 5.0), 502, now=5.0)
+        other = self.take(outbox, 10.0)
+        self.assertEqual(other.items, logs[250:])
+        self.answer(outbox, other, 200, now=10.0)
         self.assertEqual(outbox.stats().delivered, 250)
-        self.assertIsNone(outbox.take(now))
-        self.assertIs(outbox.take(now + 30), stuck)
+        self.assertIsNone(self.take(outbox, 34.9))
+        self.assertEqual(self.take(outbox, 35.0).items, logs[:250])
 
     def test_an_exhausted_batch_is_dropped_when_asked_for(self):
-        outbox = self.outbox(retries=2, on_exhausted="drop")
+        outbox = self.outbox(retries=2, on_exhausted="drop", on_drop=print)
         logs = self.fill(outbox, 250)
-        now, drops = 0.0, []
-        for _ in range(3):
-            drops = outbox.settle(outbox.take(now), chirrop._Answer(0, cause=OSError("down")), now)
-            now += 100
-        self.assertEqual([(d.reason, d.items) for d in drops], [("exhausted", logs)])
+        for now in (0.0, 100.0, 200.0):
+            self.assertFalse(outbox.state.untold)
+            self.answer(outbox, self.take(outbox, now), 0, now, cause=OSError("down"))
+        self.assertEqual([drop.items for drop in outbox.state.untold], [logs])
         self.assertEqual(outbox.stats().dropped, {"exhausted": 250})
+
+    def test_500_and_503_count_as_exhausted_at_once(self):
+        for status in (500, 503):
+            outbox = self.outbox(retries=5)
+            logs = self.fill(outbox, 500)
+            self.answer(outbox, self.take(outbox), status)
+            other = self.take(outbox, 0.5)
+            self.assertEqual(other.items, logs[250:])
+            self.answer(outbox, other, 200, now=0.5)
+            self.assertEqual(outbox.due_in(0.5), 29.5)
+            self.assertEqual(self.take(outbox, 30.0).items, logs[:250])
+            outbox = self.outbox(retries=5, on_exhausted="drop")
+            self.fill(outbox, 250)
+            self.answer(outbox, self.take(outbox), status)
+            self.assertEqual(outbox.stats().dropped, {"exhausted": 250})
+
+    def test_what_the_service_refuses_is_held_only_where_the_logs_outlive_the_client(self):
+        for status in (401, 403, 404, 302, 409):
+            for stays, choice, expected in (
+                (False, "keep", {"refused": 5}),
+                (True, "keep", {}),
+                (True, "drop", {"refused": 5}),
+            ):
+                outbox = self.outbox(on_exhausted=choice, flush_delay=0)
+                outbox.buffer.stays = lambda batch, stays=stays: stays
+                self.fill(outbox, 5)
+                self.answer(outbox, self.take(outbox, 9.0), status, 9.0)
+                with self.subTest(status=status, stays=stays, choice=choice):
+                    stats = outbox.stats()
+                    self.assertEqual(stats.dropped, expected)
+                    self.assertEqual(stats.queued, 5 - sum(expected.values()))
+                    self.assertEqual(outbox.due_in(9.0), None if expected else 30.0)
+
+    def send_poisoned(self, status, poisoned, limit=250):
+        """Return the stats after 250 logs, and the number of requests it took."""
+        outbox, requests = self.outbox(), 0
+        self.fill(outbox, 250)
+        outbox.end_flush(outbox.begin_flush(0.0))
+        batch = self.take(outbox, 60.0)
+        while batch is not None:
+            requests += 1
+            values = {json.loads(item)["value"] for item in batch.items}
+            bad = len(batch.items) > limit or values & poisoned
+            self.answer(outbox, batch, status if bad else 200)
+            batch = self.take(outbox, 60.0)
+        return outbox.stats(), requests
+
+    def test_a_413_is_halved_until_it_fits_whatever_that_takes(self):
+        stats, requests = self.send_poisoned(413, set(), limit=1)
+        self.assertEqual((stats.delivered, stats.dropped, requests), (250, {}, 499))
+        stats, requests = self.send_poisoned(413, {7, 30, 31}, limit=3)
+        self.assertEqual((stats.delivered, stats.dropped), (247, {"rejected": 3}))
+
+    def test_the_search_for_bad_logs_ends_after_64_requests(self):
+        for status in (400, 422):
+            stats, requests = self.send_poisoned(status, {7, 120, 249})
+            self.assertEqual((stats.delivered, stats.dropped), (247, {"rejected": 3}))
+            self.assertLessEqual(requests, 49)
+            stats, requests = self.send_poisoned(status, set(range(250)))
+            self.assertEqual(sum(stats.dropped.values()), 250)
+            self.assertLessEqual(requests, 64)
+            self.assertIn("undecided", stats.dropped)
 
     def test_a_flush_ends_a_backoff_and_covers_only_what_was_there(self):
         outbox = self.outbox()
         self.fill(outbox, 1)
         flush = outbox.begin_flush(0.0)
-        outbox.settle(outbox.take(0.0), chirrop._Answer(429, headers={"Retry-After": "60"}), 0.0)
-        self.assertIsNone(outbox.take(1.0))
+        self.answer(outbox, self.take(outbox), 429, headers={"Retry-After": "60"})
+        self.assertIsNone(self.take(outbox, 1.0))
         again = outbox.begin_flush(1.0)
-        batch = outbox.take(1.0)
+        batch = self.take(outbox, 1.0)
         self.fill(outbox, 5)
-        self.assertFalse(flush.done or again.done)
-        outbox.settle(batch, chirrop._Answer(200), 1.0)
-        self.assertTrue(flush.clean and again.clean and flush.done and again.done)
+        self.assertEqual((outbox.outcome(flush), outbox.outcome(again)), (None, None))
+        self.answer(outbox, batch, 200, 1.0)
+        self.assertEqual((outbox.outcome(flush), outbox.outcome(again)), (True, True))
         self.assertEqual(outbox.stats().queued, 5)
 
     def test_a_flush_is_true_only_if_its_own_logs_were_delivered(self):
-        for poison, clean in ((0, False), (5, True)):
+        for poison, clean in ((0, False), (4, False), (5, True), (9, True)):
             outbox = self.outbox()
             self.fill(outbox, 5)
             flush = outbox.begin_flush(0.0)
-            self.fill(outbox, 5)
-            batches = [outbox.take(0.0)]
-            while batches:
-                batch = batches.pop()
-                bad = any(json.loads(i)["value"] == poison % 5 for i in batch.items) and (
-                    batch.first < 5
-                ) == (poison < 5)
-                if (
-                    not bad
-                    and len(batch.items) > 1
-                    and batch.first < 5 < batch.first + len(batch.items)
-                ):
-                    bad = poison >= 5
-                outbox.settle(batch, chirrop._Answer(400 if bad else 200), 0.0)
-                following = outbox.take(0.0)
-                batches += [following] if following else []
-            self.assertEqual((flush.done, flush.clean), (True, clean))
+            for number in range(5, 10):
+                outbox.buffer.put(Log("a", number)._body)
+            batch = self.take(outbox)
+            self.assertEqual(len(batch.items), 10, "it goes with what came after")
+            while batch is not None:
+                bad = any(json.loads(item)["value"] == poison for item in batch.items)
+                self.answer(outbox, batch, 400 if bad else 200)
+                batch = self.take(outbox)
+            self.assertIs(outbox.outcome(flush), clean)
 
     def test_a_flush_gives_up_after_one_full_cycle_of_failures(self):
         outbox = self.outbox(retries=2)
         self.fill(outbox, 600)
-        flush, now = outbox.begin_flush(0.0), 0.0
-        for attempt in range(3):
-            self.assertFalse(flush.done, attempt)
-            outbox.settle(outbox.take(now), chirrop._Answer(502), now)
-            now += 100
-        self.assertEqual((flush.done, flush.clean), (True, False))
+        flush = outbox.begin_flush(0.0)
+        for now in (0.0, 100.0, 200.0):
+            self.assertIsNone(outbox.outcome(flush), now)
+            self.answer(outbox, self.take(outbox, now), 502, now)
+        self.assertIs(outbox.outcome(flush), False)
         self.assertEqual(outbox.stats().queued, 600)
 
-    def test_an_answer_after_stop_changes_nothing(self):
+    def test_a_flush_offers_held_batches_again_and_ends_when_all_are_exhausted(self):
         outbox = self.outbox()
+        self.fill(outbox, 500)
+        for cycle in (0.0, 1.0):
+            flush = outbox.begin_flush(cycle)
+            for _ in range(2):
+                self.assertIsNone(outbox.outcome(flush))
+                now = cycle + outbox.due_in(cycle)
+                self.answer(outbox, self.take(outbox, now), 503, now)
+            self.assertIs(outbox.outcome(flush), False)
+        self.assertEqual(outbox.stats().queued, 500)
+
+    def test_an_answer_after_stop_changes_nothing(self):
+        outbox = self.outbox(on_drop=print)
         logs = self.fill(outbox, 300)
-        batch = outbox.take(0.0)
-        drops = outbox.stop()
-        self.assertEqual(sorted(item for d in drops for item in d.items), sorted(logs))
-        before = outbox.stats()
-        self.assertEqual(
-            (outbox.settle(batch, chirrop._Answer(200), 0.0), outbox.stats()), ([], before)
-        )
-        self.assertEqual(before.dropped, {"closed": 300})
+        batch = self.take(outbox)
+        outbox.stop(True)
+        self.assertFalse(outbox.state.clean)
+        dropped = [item for drop in outbox.state.untold for item in drop.items]
+        self.assertEqual(sorted(dropped), sorted(logs))
+        before = outbox.state
+        self.answer(outbox, batch, 200)
+        self.assertIs(outbox.state, before)
+        self.assertEqual(outbox.stats().dropped, {"closed": 300})
 
     def test_a_log_that_slips_past_the_gate_is_swept(self):
         outbox = self.outbox()
-        outbox.closed = False
-        original = outbox.buffer.put
+        sender = chirrop._Sender(outbox, None, Config(api_key=KEY))
+        append = outbox.buffer.put
 
-        class Slow(chirrop._Memory):
-            def put(self, data):
-                outbox.stop()  # between the gate and the append
-                original(data)
+        def put(data):
+            outbox.stop(True)  # another thread's, between the gate and the append
+            append(data)
 
-        outbox.buffer.__class__ = Slow
-        self.assertEqual([d.reason for d in outbox.put(b"{}")], ["closed"])
+        outbox.buffer.put = put
+        sender.put(b"{}")
         self.assertEqual(outbox.stats().dropped, {"closed": 1})
+        self.assertEqual(outbox.held(), 0)
+
+    def test_a_holder_that_asks_again_has_given_up_its_batch(self):
+        outbox = self.outbox()
+        logs = self.fill(outbox, 250)
+        self.assertEqual(outbox.take(0.0, 7).items, logs)
+        self.assertIsNone(outbox.take(0.0, 8))
+        self.assertEqual(outbox.stats().in_flight, 250)
+        self.assertEqual(outbox.take(0.0, 7).items, logs)
+        outbox.release(7)
+        self.assertEqual(outbox.stats().in_flight, 0)
+        self.assertEqual(outbox.take(0.0, 8).items, logs)
 
     def test_a_wait_that_is_over_before_it_begins_ends(self):
         # queue.SimpleQueue, before Python 3.13, hangs within some thousand of these.
@@ -1118,11 +1296,10 @@ class OutboxTest(TestCase):
     def test_a_bounded_queue_counts_what_is_in_flight(self):
         outbox = self.outbox(queue_size=300)
         self.fill(outbox, 300)
-        batch = outbox.take(0.0)
-        with self.assertRaisesRegex(chirrop.ChirrOpQueueFullError, "300 logs"):
-            outbox.put(b"{}")
-        outbox.settle(batch, chirrop._Answer(200), 0.0)
-        outbox.put(b"{}")
+        batch = self.take(outbox)
+        self.assertFalse(outbox.offer(b"{}"))
+        self.answer(outbox, batch, 200)
+        self.assertTrue(outbox.offer(b"{}"))
         self.assertEqual(outbox.held(), 51)
 
 
