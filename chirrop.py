@@ -1006,7 +1006,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   tend()               do what takes its time; without the lock
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
-#   close()              end
+#   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
 # read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
@@ -1296,11 +1296,13 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty."""
+        """Give the file up, and remove it if that is allowed and it is empty.
+
+        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        """
         conn, self.conn = self.conn, None
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
-            self.side.close()
             conn.close()
             for suffix in ("", "-wal", "-shm") if empty else ():
                 if os.path.lexists(self.path + suffix):
@@ -1372,6 +1374,7 @@ class SqliteSpool:
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
+        self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
         self._adopt_at = 0.0
@@ -1558,6 +1561,7 @@ class SqliteSpool:
         if file is self._own:
             self._own = None
         self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
+        self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
@@ -1644,9 +1648,22 @@ class SqliteSpool:
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
     def close(self) -> None:
+        """Close the files; not under the lock, for which the thread that tends may be waiting."""
         self._closed = True
+        _exclusively(self.tending, self._close)
+
+    def _close(self) -> None:
         for file in self._files():
-            self._give_up(file)
+            self._close_side(file.side)
+            _exclusively(self.lock, self._give_up, file)
+        while self._sides:
+            self._close_side(self._sides.popleft())
+
+    def _close_side(self, side: Any) -> None:
+        try:
+            side.close()
+        except self._sqlite3.Error:
+            pass  # its file is damaged
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1655,6 +1672,8 @@ class SqliteSpool:
         _exclusively(self.tending, self._tend)
 
     def _tend(self) -> None:
+        while self._sides:
+            self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
             return
@@ -2320,6 +2339,8 @@ class _Outbox:
         A request still in flight no longer counts, whatever becomes of it.
         """
         self._locked(self._stop, clean)
+        self.buffer.close()
+        self._locked(self._sweep, "not sent before close")
 
     def _stop(self, clean: bool) -> None:
         state = self.state
@@ -2331,8 +2352,6 @@ class _Outbox:
                 clean=clean and not held,
                 left=left,
             )
-        self.buffer.close()
-        self._sweep("not sent before close")
 
     def sweep(self) -> None:
         """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
