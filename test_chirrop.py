@@ -18,6 +18,7 @@ import email.utils
 import faulthandler
 import gc
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -3226,6 +3227,280 @@ sys.stdin.read()
         logged = [word for word in logged if word != "up"]
         self.assertGreater(len(logged), rounds(200, 1000))
         self.assertAllArrive(server, path, logged)
+
+
+# ---- Hosts ----------------------------------------------------------------
+# What programs that run their users' code do to a process, without those programs; .ci/hosts runs them.
+
+
+COOPERATIVE = r"""
+import _thread, queue
+
+def monkey_patch():
+    "Swap locks and threads for cooperative ones, as gevent and eventlet do: one thread runs until it waits."
+    baton, allocate, start = _thread.allocate_lock(), _thread.allocate_lock, _thread.start_new_thread
+    baton.acquire()
+
+    def apart(wait):                    # a wait that lets the others run
+        def run(*args, **kwargs):
+            baton.release()
+            try:
+                return wait(*args, **kwargs)
+            finally:
+                baton.acquire()
+        return run
+
+    def in_turn(function):
+        def run(*args, **kwargs):
+            with baton:
+                return function(*args, **kwargs)
+        return run
+
+    class Lock:
+        def __init__(self):
+            self.native = allocate()
+            self.release, self.locked = self.native.release, self.native.locked
+
+        def acquire(self, blocking=True, timeout=-1):
+            wait = apart(self.native.acquire)
+            return self.native.acquire(False) or (blocking and wait(True, timeout))
+
+        def __enter__(self):
+            return self.acquire()
+
+        def __exit__(self, *_):
+            self.release()
+
+    def start_new_thread(function, args=(), kwargs={}):
+        return start(in_turn(function), args, kwargs)
+
+    threading.Lock = threading._allocate_lock = _thread.allocate_lock = Lock
+    threading.RLock, threading._CRLock = threading._PyRLock, None
+    threading._start_new_thread = _thread.start_new_thread = start_new_thread
+    if hasattr(threading, "_start_joinable_thread"):
+        joinable = threading._start_joinable_thread
+        def start_joinable_thread(function, **options):
+            return joinable(in_turn(function), **options)
+        threading._start_joinable_thread = start_joinable_thread
+    threading.Thread.join = apart(threading.Thread.join)
+    time.sleep, queue.SimpleQueue = apart(time.sleep), queue._PySimpleQueue
+"""
+
+NO_THREADS = {
+    "start": """
+def start(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+""",
+    "constructor": """
+def init(self, *_, **__):
+    raise RuntimeError("daemon threads are disabled in this (sub)interpreter")
+threading.Thread.__init__ = init
+""",
+}
+
+
+class HostTest(ProcessTestCase):
+    def check_swap(self, logs_before):
+        for ending in ("c.flush(20)", "c.close(20)", ""):
+            with self.subTest(ending):
+                server = self.server()
+                code = f"c = client()\nlog(c, {logs_before})\nmonkey_patch()\nlog(c, 500)\n{ending}"
+                said = self.run_program(COOPERATIVE + code, server.url)
+                self.assertEqual(len(said), 500 + logs_before)
+                self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_locks_and_threads_swapped_after_the_client_was_made_freeze_nothing(self):
+        self.check_swap(0)
+
+    def test_locks_and_threads_swapped_after_the_first_log_freeze_nothing(self):
+        self.check_swap(1)
+
+    def test_a_client_made_after_the_swap_sends_in_the_background(self):
+        server = self.server()
+        code = """
+monkey_patch()
+c = client()
+log(c)
+while not c.stats().delivered:
+    time.sleep(0.001)
+log(c)
+"""
+        said = self.run_program(COOPERATIVE + code, server.url)
+        self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_a_fork_in_c_without_pythons_hooks_hangs_no_child_and_sends_each_log_once(self):
+        code = """
+import ctypes
+c = client()
+log(c, 3)                       # as an import of the application does; senders are at work from here on
+os.fork = ctypes.PyDLL(None).fork
+def child():
+    log(c, 3)
+    assert c.flush(20), c.stats()
+reap(*[fork(child) for _ in range(3)])
+assert c.flush(20), c.stats()
+"""
+        for _ in range(3):
+            server = self.server()
+            said = self.run_program(code, server.url)
+            self.assertEqual(len(said), 12)
+            self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_a_sender_that_wakes_in_a_forked_child_ends_and_sends_nothing(self):
+        code = """
+owner, seen = os.getpid(), []
+def transport(method, url, body, headers, timeout):
+    if os.getpid() != owner:
+        os._exit(3)             # the child's copy of this sender makes a request of its own
+    seen.append(body)
+    pid = os.fork()             # a greenlet that waits for its answer is in both processes then, as this thread is
+    if pid == 0:
+        signal.alarm(20)        # ends the child if its sender does not
+        raise ConnectionError("the parent has read the answer")
+    reap(pid)
+    return 200, b"", {}
+c = client("http://127.0.0.1:1/", transport=transport)
+log(c, 4)
+assert c.flush(20), c.stats()
+assert c.stats().delivered == 4, c.stats()
+assert sum(len(__import__("json").loads(body)) for body in seen) == 4
+"""
+        self.assertEqual(len(self.run_program(code)), 4)
+
+    def test_a_subinterpreter_delivers_by_flush_and_at_its_end(self):
+        if not any(map(importlib.util.find_spec, ("_interpreters", "_xxsubinterpreters"))):
+            self.skipTest("no subinterpreters here")
+        code = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+for ending in "assert c.flush(20), c.stats()", "":
+    number = interpreters.create()
+    code = "import sys; sys.argv = " + repr(sys.argv) + sys.argv[2] + "c = client(); log(c, 3)\\n" + ending
+    wrong = interpreters.run_string(number, code)
+    assert not wrong, wrong
+    interpreters.destroy(number)
+"""
+        server = self.server()
+        said = self.run_program(code, server.url, PRELUDE)
+        self.assertEqual(len(said), 6)
+        self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_where_no_thread_can_be_had_flush_close_and_exit_send(self):
+        for place, code in NO_THREADS.items():
+            for ending in ("assert c.flush(20)", "assert c.close(20)", ""):
+                with self.subTest(place=place, ending=ending):
+                    server = self.server()
+                    said = self.run_program(
+                        f"c = client()\n{code}log(c, 300)\n{ending}", server.url
+                    )
+                    self.assertEqual(len(said), 300)
+                    self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_multiprocessing_children_deliver_without_flush_or_close(self):
+        code = """
+import multiprocessing, sys
+import chirrop
+client = chirrop.new_client(api_key="chp_test", api_endpoint=sys.argv[1], flush_delay=60)
+def child(_=0):
+    client.log(chirrop.Log("child", 1))
+if __name__ == "__main__":
+    client.log(chirrop.Log("parent", 1))
+    context = multiprocessing.get_context(sys.argv[2])
+    workers = [context.Process(target=child) for _ in range(2)]
+    for w in workers: w.start()
+    for w in workers: w.join(25)
+    assert [w.exitcode for w in workers] == [0, 0], workers
+    with context.Pool(1) as pool:
+        pool.map(child, range(2))
+        pool.close()
+        pool.join()
+"""
+        file = self.folder() / "program.py"
+        file.write_text(code)
+        for method in ("fork", "forkserver", "spawn"):
+            with self.subTest(method):
+                server = self.server()
+                done = subprocess.run(
+                    [sys.executable, "-W", "ignore", file, server.url, method],
+                    env={**os.environ, "PYTHONPATH": str(HERE)},
+                    capture_output=True,
+                    text=True,
+                    timeout=LONG,
+                )
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual((len(server.stored), len(set(server.stored))), (5, 5))
+
+    def test_a_full_queue_is_sent_at_once_though_no_batch_is_full(self):
+        client = self.client(FakeTransport(), queue_size=10, flush_delay=86400, timeout=5)
+        for n in range(35):
+            client.log(Log("a", n))  # raises if nobody sends the ten before it
+        self.assertGreaterEqual(client.stats().delivered, 25)
+
+    def test_an_exception_of_one_client_at_exit_keeps_no_other_from_sending(self):
+        code = """
+import logging, ssl
+logging.disable()
+class Context(ssl.SSLContext):
+    def wrap_socket(self, *_, **__):
+        raise %s
+tls = sys.argv[1].replace("http:", "https:")
+broken = [client(tls, ssl_context=Context(ssl.PROTOCOL_TLS_CLIENT), exit_timeout=2) for _ in range(4)]
+fine = [client() for _ in range(4)]
+for c in broken:
+    c.log(Log("never", 1))
+for c in fine:
+    log(c, 3)
+"""
+        for what in ("RuntimeError('TLS not supported')", "SystemExit(5)"):
+            with self.subTest(what):
+                server = self.server()
+                said = self.run_program(
+                    NO_THREADS["start"] + code % what, server.url, stderr=None, status=mock.ANY
+                )
+                self.assertEqual(len(said), 12)
+                self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_a_sender_that_is_told_to_exit_ends_and_another_takes_its_place(self):
+        code = """
+import ctypes
+c = client()
+log(c)
+assert c.flush(20)
+old, = (t for t in threading.enumerate() if t.name.startswith("chirrop-sender"))
+ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(old.ident), ctypes.py_object(SystemExit))
+log(c)                          # wakes it
+old.join(20)
+assert not old.is_alive()
+log(c)
+assert c.flush(20), c.stats()
+"""
+        server = self.server()
+        said = self.run_program(code, server.url)
+        self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_uwsgi_without_threads_is_told_once_and_flush_sends(self):
+        code = """
+import logging, types
+logging.basicConfig(stream=sys.stderr, format="%%(levelname)s")
+sys.modules["uwsgi"] = types.ModuleType("uwsgi")
+sys.modules["uwsgi"].opt = {"master": True, **%r}
+c = client()
+log(c, 3)
+assert c.flush(20)
+log(c, 3)
+"""
+        for options, told in (
+            ({}, "WARNING\n"),
+            ({"enable-threads": True}, ""),
+            ({"threads": b"4"}, ""),
+        ):
+            with self.subTest(options):
+                server = self.server()
+                said = self.run_program(code % options, server.url, stderr=told)
+                self.assertEqual(sorted(server.stored), sorted(said))
 
 
 # ---- Callbacks, logging, memory -------------------------------------------
