@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import collections
 import contextlib
 import copy
+import dis
 import email.utils
 import faulthandler
 import gc
 import http.client
 import io
+import itertools
 import json
 import logging
 import logging.config
@@ -65,6 +68,7 @@ from chirrop import (
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
 LONG = 30.0  # seconds: a time-out that only a failure reaches
+FULL = bool(os.environ.get("CHIRROP_TEST_FULL"))  # also what takes minutes
 
 
 class FakeTransport:
@@ -3003,6 +3007,645 @@ class MemoryTest(ProcessTestCase):
                     peak, 1000 * 1400 + 2 * 250 * 1100
                 )  # and a batch is joined for its request
                 go.set()
+
+
+# ---- Interrupted anywhere -------------------------------------------------
+# One operation is done again and again, and each time something happens before another instruction of
+# the module: an exception is raised there, or a handler calls the client. Whatever instruction it
+# was, the exception must reach the caller, and the client must work afterwards and account for each log.
+
+CODE_FILE = chirrop.__file__
+MODULE_CODE = compile(HERE.joinpath("chirrop.py").read_bytes(), CODE_FILE, "exec")
+PATIENCE = float(os.environ.get("CHIRROP_TEST_PATIENCE", "5"))  # seconds; what takes longer hangs
+
+
+class TimeLimit(Exception):
+    """What a task queue's soft time limit raises from its signal handler."""
+
+
+class Hang(BaseException):
+    """Something took longer than PATIENCE; says where."""
+
+
+class Place:
+    """The instruction before which something happened, and whether it can happen there in real life.
+
+    CPython runs signal handlers, which may raise, only where it looks at its "eval breaker". Seen in real
+    signals, some 50,000 for each version, which told the instruction that they came after:
+        3.11+   after RESUME (a function starts, a generator goes on), after a call of C code, and
+                after a jump back; what is raised is caught as if that instruction had raised it
+        3.10    when a function starts or a generator goes on, after any call and after any jump
+                that is taken, unless SETUP_FINALLY or SETUP_WITH is next
+        3.9     after all instructions but the simplest, with the same exception; POP_BLOCK is none of
+                those: a signal may get between the end of a `with` block and its __exit__, and
+                between a `try` and its `finally`
+    Instructions that run C code for long, such as one that waits for a lock, run handlers before they have an
+    effect: to the module that is an interruption before them.
+
+    `reach` is "signal" there. It is "memory" where no signal arrives, but the instruction allocates or calls:
+    MemoryError and RecursionError may be raised, and finalisers run. Elsewhere it is "never": only a test
+    gets there, such as between the acquisition of a lock and the first instruction of its `with` block.
+    """
+
+    ALLOCATING = (
+        *("CALL", "PRECALL", "BUILD_", "LIST_", "SET_", "DICT_", "MAP_", "BINARY_", "INPLACE_"),
+        *("FORMAT_", "CONVERT_", "GET_ITER", "FOR_ITER", "MAKE_FUNCTION", "LOAD_METHOD", "IMPORT_"),
+        *("UNPACK_", "STORE_SUBSCR", "DELETE_SUBSCR", "BEFORE_WITH", "SETUP_WITH", "YIELD"),
+        *("RETURN_GENERATOR", "WITH_EXCEPT", "STORE_SLICE"),
+    )
+    FAST = (  # 3.9: they do not look at the eval breaker
+        *("NOP", "LOAD_FAST", "LOAD_CONST", "STORE_FAST", "POP_TOP", "ROT_TWO", "ROT_THREE"),
+        *("ROT_FOUR", "DUP_TOP", "DUP_TOP_TWO", "JUMP_FORWARD", "JUMP_IF_NOT_EXC_MATCH", "IS_OP"),
+        *("CONTAINS_OP", "RERAISE"),
+    )
+    CALLS = (
+        *("CALL", "CALL_KW", "CALL_FUNCTION", "CALL_METHOD", "CALL_FUNCTION_KW"),
+        "CALL_FUNCTION_EX",
+    )
+    _read_before = {}
+
+    def __init__(self, frame, last):
+        code, self.offset = frame.f_code, frame.f_lasti
+        if code not in self._read_before:
+            self._read_before[code] = list(dis.get_instructions(code))
+        self.steps = self._read_before[code]
+        self.index = next(i for i, s in enumerate(self.steps) if s.offset == self.offset)
+        self.name = self.steps[self.index].opname
+        self.function, self.line = code.co_name, frame.f_lineno
+        self.reach = "never"
+        if self._follows_a_look(frame, *last):
+            self.reach = "signal"
+        elif self.name.startswith(self.ALLOCATING) and not self._is_exit():
+            self.reach = "memory"
+        self.stack = stack_of(frame)
+
+    def __str__(self):
+        return f"[{self.reach}] before {self.name} in {self.stack}"
+
+    def _is_exit(self):
+        """Tell whether this calls a lock's __exit__: with three times None, that takes no memory."""
+        before = [(s.opname, s.argval) for s in self.steps[max(0, self.index - 4) : self.index]]
+        none, again = ("LOAD_CONST", None), ("DUP_TOP", None)
+        return before[-3:] in ([none] * 3, [none, again, again]) or before[:3] == [none] * 3
+
+    def _follows_a_look(self, frame, last_frame, last_offset):
+        """Tell whether the interpreter looks at the eval breaker between the last instruction and this."""
+        before = self.steps[self.index - 1] if self.index else None
+        name, is_next = before.opname if before else "", True
+        if last_frame is frame:
+            name = next(s.opname for s in self.steps if s.offset == last_offset)
+            is_next = bool(before) and before.offset == last_offset
+        returned = last_frame not in (None, frame, frame.f_back)  # from Python code
+        if sys.version_info >= (3, 11):
+            if before and self._guard(frame, before.offset) != self._guard(frame, self.offset):
+                return False  # it would be caught elsewhere than what the test raises here
+            if is_next:
+                return name == "RESUME" or (name in self.CALLS and not returned)
+            return "JUMP_BACKWARD" in name and "NO_INTERRUPT" not in name
+        if self.name in ("SETUP_FINALLY", "SETUP_WITH", "YIELD_FROM"):
+            return False
+        if sys.version_info >= (3, 10):
+            return name in ("", "YIELD_VALUE", *self.CALLS) if is_next else "JUMP" in name
+        return not is_next or name not in self.FAST
+
+    @staticmethod
+    def _guard(frame, offset):
+        entries = dis.Bytecode(frame.f_code).exception_entries
+        return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
+
+
+def stack_of(frame):
+    """Return what a stack was doing: its innermost function, then the module's lines."""
+    frames = traceback.extract_stack(frame)
+    ours = [f"{f.name}:{f.lineno}" for f in frames if f.filename == CODE_FILE]
+    return " < ".join([frames[-1].name, *reversed(ours[-5:])])
+
+
+class Step:
+    """Do `action` before the nth instruction that this thread executes in the module; 0 only counts."""
+
+    def __init__(self, nth=0, action=None):
+        self.nth, self.action, self.count, self.place = nth, action, 0, None
+        self._last = (None, 0)
+
+    def _reached(self, frame):
+        self.stop()
+        self.place, self._last = Place(frame, self._last), None
+        self.action()
+
+    def __enter__(self):
+        self._tracer = sys.gettrace()
+
+        def step(frame, event, arg):
+            if event == "opcode":
+                self.count += 1
+                if self.count == self.nth - 1:
+                    self._last = (frame, frame.f_lasti)
+                elif self.count == self.nth:
+                    self._reached(frame)
+            return step
+
+        def call(frame, event, arg):
+            if frame.f_code.co_filename != CODE_FILE:
+                return None
+            frame.f_trace_lines = False
+            frame.f_trace_opcodes = True
+            return step
+
+        sys.settrace(call)
+        return self
+
+    def stop(self):
+        sys.settrace(None)
+
+    def __exit__(self, *_):
+        sys.settrace(self._tracer)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def installed():
+        yield
+
+
+class MonitorStep(Step):
+    """The same with sys.monitoring: from 3.13 on, opcode events of sys.settrace miss a function's first run."""
+
+    armed = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def installed(cls):
+        monitoring, tool = sys.monitoring, 4
+        event, codes = monitoring.events.INSTRUCTION, codes_within(MODULE_CODE)
+        monitoring.use_tool_id(tool, "test_chirrop")
+        monitoring.register_callback(tool, event, cls._executes)
+        for code in codes:
+            monitoring.set_local_events(tool, code, event)
+        try:
+            yield
+        finally:
+            for code in codes:
+                monitoring.set_local_events(tool, code, 0)
+            monitoring.register_callback(tool, event, None)
+            monitoring.free_tool_id(tool)
+
+    @staticmethod
+    def _executes(code, offset):
+        step = MonitorStep.armed
+        if step is not None and step.thread == threading.get_ident():
+            step.count += 1
+            if step.count == step.nth - 1:
+                step._last = (sys._getframe(1), offset)
+            elif step.count == step.nth:
+                step._reached(sys._getframe(1))
+
+    def __enter__(self):
+        self.thread = threading.get_ident()
+        MonitorStep.armed = self
+        return self
+
+    def stop(self):
+        MonitorStep.armed = None
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+if sys.version_info >= (3, 12):
+    Step = MonitorStep
+
+
+def codes_within(code):
+    """Return a code object and all those that it makes functions and classes of."""
+    inner = (const for const in code.co_consts if isinstance(const, type(code)))
+    return [code, *(c for const in inner for c in codes_within(const))]
+
+
+def fresh_module():
+    """Return another copy of the module, and the functions that it wants called at exit."""
+    module, hooks = type(sys)("chirrop"), []
+    module.__file__ = CODE_FILE
+    no_fork = mock.patch("os.register_at_fork", lambda **_: None, create=True)
+    with mock.patch("atexit.register", hooks.append), no_fork:
+        exec(MODULE_CODE, module.__dict__)
+    return module, hooks
+
+
+class Wire:
+    """A server in memory, as a transport: "up", "down", or a status that it answers to everything."""
+
+    def __init__(self, state="up"):
+        self.state, self.taken, self.changed = state, [], threading.Condition()
+
+    def __call__(self, method, url, body, headers, timeout):
+        state = self.state
+        if state == "down":
+            raise ConnectionError("down")
+        if state != "up":
+            return state, b'{"error": "because"}', {}
+        with self.changed:
+            self.taken += ids(json.loads(body))
+            self.changed.notify_all()
+        return 200, b"", {}
+
+    def wait(self, wanted):
+        with self.changed:
+            return self.changed.wait_for(lambda: set(wanted) <= set(self.taken), PATIENCE)
+
+
+class Helper:
+    """Another thread: does one thing after another, and is left behind where it hangs."""
+
+    def __init__(self):
+        self._todo, self._done = queue.Queue(), queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="test-helper", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        for work in iter(self._todo.get, None):
+            try:
+                self._done.put((work(), None))
+            except BaseException as exc:
+                self._done.put((None, exc))
+
+    def do(self, work):
+        self._todo.put(work)
+        try:
+            result, error = self._done.get(timeout=5 * PATIENCE)
+        except queue.Empty:
+            raise Hang(stack_of(sys._current_frames()[self._thread.ident])) from None
+        if error is not None:
+            raise error
+        return result
+
+    def end(self):
+        self._todo.put(None)
+
+
+@contextlib.contextmanager
+def time_limited():
+    """Raise Hang in this thread, the main one, when it takes longer than PATIENCE."""
+
+    def expired(number, frame):
+        raise Hang(stack_of(frame))
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Trial:
+    """One client and one operation: what was logged, and where it went."""
+
+    def __init__(self, module, hooks, operation, server="up", spool=None):
+        self.module, self.hooks, self.operation, self.spool = module, hooks, operation, spool
+        self.others, self.wire = set(threading.enumerate()), Wire(server)
+        self.returned, self.unsure, self.drops = [], [], []
+        self.closed = False
+        waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
+        self.client = module.new_client(
+            api_key=KEY, transport=self.wire, spool=spool, retries=0, timeout=PATIENCE,
+            flush_delay=60 if waits else 0, batch_size=3, exit_timeout=0.05,
+            queue_size=10 if operation == "log to a bounded queue" else 0,
+            on_drop=lambda logs, error: self.drops.extend(ids(logs)),
+        )  # fmt: skip
+        if operation not in ("first log", "send_logs"):
+            self.log()
+        if operation in ("log", "log to a bounded queue"):
+            self.client.flush(PATIENCE)
+
+    def log(self, step=None, log=None):
+        """Log, or do as `log`; where that raises, nobody knows whether the log was taken."""
+        entry = self.module.Log("test", 1)
+        self.unsure.append(entry.log_id)
+        with step or contextlib.nullcontext():
+            (log or self.client.log)(entry)
+        self.unsure.remove(entry.log_id)
+        self.returned.append(entry.log_id)
+        return entry.log_id
+
+    def operate(self, step):
+        client, operation = self.client, self.operation
+        self.closed = operation in ("close", "exit")
+        if operation == "send_logs":
+            self.log(step, lambda entry: client.send_logs([entry]))
+        elif "log" in operation:
+            self.log(step)
+        else:
+            with step:
+                if operation == "exit":
+                    self.exit()
+                elif operation == "stats":
+                    client.stats()
+                else:
+                    getattr(client, operation)(PATIENCE)
+
+    def exit(self):
+        """Call the exit hooks as atexit does: the last first, all of them, and what was raised at the end."""
+        raised = None
+        for hook in reversed(self.hooks):
+            try:
+                hook()
+            except BaseException as exc:
+                raised = exc
+        if raised is not None:
+            raise raised
+
+    # What a handler may do.
+
+    def log_within(self):
+        self.log()
+
+    def flush_within(self):
+        self.client.flush(0)
+
+    def close_within(self):
+        self.closed = True
+        self.client.close(0)
+
+    def close_and_wait_within(self):
+        self.closed = True
+        self.client.close(0.01)
+
+    def stats_within(self):
+        self.client.stats()
+
+    EXCEPTIONS = (TimeLimit, KeyboardInterrupt, RecursionError, SystemExit, MemoryError)
+    HANDLERS = (log_within, flush_within, close_within, stats_within, close_and_wait_within)
+
+    # What must hold afterwards. Each is a generator of what does not.
+
+    def goes_on(self, threads):
+        """Another thread uses the client: no lock is held, it sends, wakes and flushes."""
+        client, wire = self.client, self.wire
+        was_up, wire.state = wire.state == "up", "up"
+        client.stats()
+        if self.closed:
+            return
+        if not was_up and not client.flush(PATIENCE) and not client.flush(PATIENCE):
+            yield "does not flush after an outage"
+        more = [self.log() for _ in range(3)]
+        if threads and not wire.wait(more):
+            yield "is deaf: does not send without a flush"
+        if not client.flush(PATIENCE):
+            yield "does not flush"
+
+    def ends(self):
+        clean = self.client.close(PATIENCE)
+        if not clean and not self.closed:
+            yield "does not close clean"
+        for thread in set(threading.enumerate()) - self.others:
+            if thread.name.startswith("chirrop-"):
+                thread.join(PATIENCE)
+                if thread.is_alive():
+                    yield f"leaves the thread {thread.name}"
+
+    def accounts(self):
+        """Compare where each log is with what the account says."""
+        stats, taken, drops = self.client.stats(), list(self.wire.taken), list(self.drops)
+        kept = stats.queued + stats.in_flight + getattr(stats, "parked", 0)
+        dropped = sum(stats.dropped.values())
+        if stats.accepted != stats.delivered + dropped + kept:
+            yield f"is out of balance: {stats}"
+        spooled = self.left({*self.returned, *self.unsure} - {*taken, *drops})
+        if len(set(taken)) < len(taken):
+            yield "sent a log twice"
+        elif len({*taken, *drops, *spooled}) < len(taken + drops + spooled):
+            yield f"has a log in two places: {len(taken)} sent, {len(drops)} dropped, {len(spooled)} kept"
+        lost = set(self.returned) - {*taken, *drops, *spooled}
+        if lost:
+            yield f"lost {len(lost)} logs: {stats}"
+        if dropped != len(drops):
+            yield f"dropped {dropped} logs and reported {len(drops)}"
+        if stats.accepted not in (
+            len({*taken, *drops, *spooled}),
+            len({*taken, *drops, *spooled}) + len(lost),
+        ):
+            yield f"took {len({*taken, *drops, *spooled})} logs, but says {stats}"
+        if stats.delivered != len(taken):
+            yield f"delivered {len(taken)} logs, but says {stats}"
+
+    def left(self, missing):
+        """Return the ids of the logs that a later run finds in the spool."""
+        if not self.spool or not missing:
+            return []
+        wire = Wire()
+        later = self.module.new_client(api_key=KEY, transport=wire, spool=self.spool)
+        later.flush(PATIENCE)
+        later.close(PATIENCE)
+        return wire.taken
+
+
+class Trials:
+    """Trials of one operation under the same conditions, and what was wrong with them."""
+
+    shared = None  # a copy of the module, for all operations but the exit
+    threads_forbidden = False
+
+    def __init__(self, operation, folder=None, server="up", threads=True):
+        self.operation, self.folder, self.server, self.threads = operation, folder, server, threads
+        self.tried, self.instructions = collections.Counter(), 0
+        self.wrong = []  # (place, what happened, what was wrong)
+        self.helper = Helper()
+
+    def __str__(self):
+        return (
+            f"{self.operation}, {'spool' if self.folder else 'memory'}, server {self.server},"
+            f" {'threads' if self.threads else 'no threads'}"
+        )
+
+    @classmethod
+    @contextlib.contextmanager
+    def world(cls):
+        """Make the module's threads such that they can be forbidden, and nothing else happen at any time."""
+        start = threading.Thread.start
+
+        def start_or_not(thread):
+            if cls.threads_forbidden and thread.name.startswith("chirrop-"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        gc.disable()
+        try:
+            with Step.installed(), mock.patch("threading.Thread.start", start_or_not):
+                yield
+        finally:
+            cls.threads_forbidden = False
+            gc.enable()
+            gc.collect()
+
+    def trial(self):
+        Trials.threads_forbidden = not self.threads
+        spool = os.path.join(self.folder, f"{uuid.uuid4().hex}.db") if self.folder else None
+        if self.operation == "exit":
+            return Trial(*fresh_module(), self.operation, self.server, spool)
+        Trials.shared = Trials.shared or fresh_module()
+        return Trial(*self.shared, self.operation, self.server, spool)
+
+    def measure(self):
+        """Return how many instructions the operation takes when nothing happens."""
+        step = Step()
+        trial = self.trial()
+        self.operate(trial, step)
+        trial.wire.state = "up"
+        trial.client.close(PATIENCE)
+        self.clean(trial)
+        self.instructions = step.count
+        return step.count
+
+    def operate(self, trial, step):
+        """Do the operation; return what it raised."""
+        if self.operation == "exit":
+            Trials.threads_forbidden = True
+        try:
+            with time_limited():
+                trial.operate(step)
+        except BaseException as exc:
+            return exc
+        finally:
+            step.stop()
+        return None
+
+    def run(self, happenings, stride=1, start=1, demanded=()):
+        """Let one of `happenings` happen at every stride-th instruction, in turn, from `start` on.
+
+        Ends at the first that is wrong and whose reach is demanded; `wrong` then has no others.
+        """
+        for nth in range(start, self.measure() + 1, stride):
+            self.one(nth, happenings[nth // stride % len(happenings)])
+            if sum(self.tried.values()) % 200 == 0:
+                gc.collect()
+            if demanded:
+                self.wrong = [w for w in self.wrong if (w[0].reach if w[0] else "end") in demanded]
+                if self.wrong:
+                    break
+        self.helper.end()
+        return self
+
+    def one(self, nth, happening):
+        trial, wrong = self.trial(), []
+        raising = isinstance(happening, type)
+        thrown = happening("thrown") if raising else None
+
+        def act():
+            if raising:
+                raise thrown
+            try:
+                happening(trial)
+            except Exception as exc:
+                wrong.append(f"raises {exc!r} in {happening.__name__}")
+
+        step = Step(nth, act)
+        raised = self.operate(trial, step)
+        if isinstance(raised, Hang):
+            wrong.append(f"hangs in {raised}")
+        elif raising and step.place:
+            if raised is None:
+                wrong.append("swallowed the exception")
+            elif raised is not thrown:
+                wrong.append(f"raised {raised!r} instead")
+        elif raised is not None and not isinstance(raised, trial.module.ChirrOpError):
+            wrong.append(f"raised {raised!r}")
+        if not isinstance(raised, Hang):
+            wrong += self.judge(trial)
+        self.tried[step.place.reach if step.place else "end"] += 1
+        self.wrong += ((step.place, happening.__name__, what) for what in wrong)
+        self.clean(trial)
+
+    def judge(self, trial):
+        wrong = []
+        try:
+            wrong += self.helper.do(lambda: list(trial.goes_on(self.threads)))
+            if not trial.closed:
+                with time_limited():
+                    trial.log()  # from the thread that was interrupted
+            wrong += self.helper.do(lambda: list(trial.ends()))
+            Trials.threads_forbidden = False
+            wrong += self.helper.do(lambda: list(trial.accounts()))
+        except Hang as exc:
+            wrong.append(f"hangs afterwards in {exc}")
+            self.helper = Helper()
+        except Exception as exc:
+            wrong.append(f"raises {exc!r} afterwards")
+        return wrong
+
+    def clean(self, trial):
+        for name in os.listdir(self.folder) if self.folder else ():
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.folder, name))
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
+class InterruptTest(TestCase):
+    """Complete, every instruction, with CHIRROP_TEST_FULL: a quarter of an hour; else a few of each kind."""
+
+    REACHES = ("signal", "memory", "end")  # demanded; see Place
+
+    def every(self, operation):
+        """Interrupt an operation under all conditions, by exceptions, then by handlers."""
+        folder = str(self.folder("/dev/shm" if os.path.isdir("/dev/shm") else None))
+        conditions = itertools.product(
+            (None, folder),
+            ("up", "down", 400, 403),
+            (True, False),
+            (Trial.EXCEPTIONS, Trial.HANDLERS),
+        )
+        failed = 0
+        with Trials.world():
+            for index, (spool, server, threads, happenings) in enumerate(conditions):
+                trials = Trials(operation, spool, server, threads)
+                faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
+                trials.run(
+                    happenings[index % 5 :] + happenings[: index % 5],
+                    *self.chosen(trials, index),
+                    demanded=self.REACHES,
+                )
+                faulthandler.cancel_dump_traceback_later()
+                with self.subTest(str(trials), by=happenings[0].__name__):
+                    failed += bool(trials.wrong)
+                    self.assertFalse(trials.wrong, "\n".join(map(str, [trials, *trials.wrong])))
+                if failed == 3:
+                    return
+
+    def chosen(self, trials, index):
+        """Return the stride and the start: every instruction, or others with each index."""
+        if FULL:
+            return 1, 1
+        key = (trials.operation, bool(trials.folder))
+        self.lengths[key] = self.lengths.get(key) or trials.measure()
+        stride = self.lengths[key] // 2 + 1
+        return stride, 1 + index * 37 % stride
+
+    lengths = {}  # (operation, spool) -> instructions, to choose some of them
+
+    def test_the_first_log_interrupted_anywhere_harms_nothing(self):
+        self.every("first log")
+
+    def test_log_interrupted_anywhere_harms_nothing(self):
+        self.every("log")
+
+    def test_log_to_a_bounded_queue_interrupted_anywhere_harms_nothing(self):
+        self.every("log to a bounded queue")
+
+    def test_flush_interrupted_anywhere_harms_nothing(self):
+        self.every("flush")
+
+    def test_close_interrupted_anywhere_harms_nothing(self):
+        self.every("close")
+
+    def test_send_logs_interrupted_anywhere_harms_nothing(self):
+        self.every("send_logs")
+
+    def test_stats_interrupted_anywhere_harms_nothing(self):
+        self.every("stats")
+
+    def test_the_exit_hook_interrupted_anywhere_harms_nothing(self):
+        self.every("exit")
 
 
 # ---- Transport: a scripted server ------------------------------------------
