@@ -16,6 +16,7 @@ import dis
 import email.utils
 import faulthandler
 import gc
+import hashlib
 import http.client
 import io
 import itertools
@@ -3146,7 +3147,7 @@ class Step:
             return step
 
         def call(frame, event, arg):
-            if frame.f_code.co_filename != CODE_FILE:
+            if frame.f_code.co_filename not in self.files:
                 return None
             frame.f_trace_lines = False
             frame.f_trace_opcodes = True
@@ -3161,9 +3162,11 @@ class Step:
     def __exit__(self, *_):
         sys.settrace(self._tracer)
 
-    @staticmethod
+    @classmethod
     @contextlib.contextmanager
-    def installed():
+    def installed(cls, deep):
+        """Count the module's instructions; `deep`, also those of the threading module."""
+        cls.files = (CODE_FILE, threading.__file__) if deep else (CODE_FILE,)
         yield
 
 
@@ -3174,9 +3177,15 @@ class MonitorStep(Step):
 
     @classmethod
     @contextlib.contextmanager
-    def installed(cls):
+    def installed(cls, deep):
         monitoring, tool = sys.monitoring, 4
         event, codes = monitoring.events.INSTRUCTION, codes_within(MODULE_CODE)
+        if deep:
+            kinds = [
+                threading.__dict__,
+                *(vars(v) for v in vars(threading).values() if type(v) is type),
+            ]
+            codes += [f.__code__ for kind in kinds for f in kind.values() if hasattr(f, "__code__")]
         monitoring.use_tool_id(tool, "test_chirrop")
         monitoring.register_callback(tool, event, cls._executes)
         for code in codes:
@@ -3232,7 +3241,7 @@ def fresh_module():
 
 
 class Wire:
-    """A server in memory, as a transport: "up", "down", or a status that it answers to everything."""
+    """A server in memory, as a transport: "up", "down", "flaky" once, or a status for everything."""
 
     def __init__(self, state="up"):
         self.state, self.taken, self.changed = state, [], threading.Condition()
@@ -3241,6 +3250,9 @@ class Wire:
         state = self.state
         if state == "down":
             raise ConnectionError("down")
+        if state == "flaky":
+            self.state = "up"
+            return 502, b"", {}
         if state != "up":
             return state, b'{"error": "because"}', {}
         with self.changed:
@@ -3308,12 +3320,12 @@ class Trial:
         self.closed = False
         waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
         self.client = module.new_client(
-            api_key=KEY, transport=self.wire, spool=spool, retries=0, timeout=PATIENCE,
+            api_key=KEY, transport=self.wire, spool=spool, retries=operation.endswith("pause"), timeout=PATIENCE,
             flush_delay=60 if waits else 0, batch_size=3, exit_timeout=0.05,
             queue_size=10 if operation == "log to a bounded queue" else 0,
             on_drop=lambda logs, error: self.drops.extend(ids(logs)),
         )  # fmt: skip
-        if operation not in ("first log", "send_logs"):
+        if operation != "first log" and not operation.startswith("send_logs"):
             self.log()
         if operation in ("log", "log to a bounded queue"):
             self.client.flush(PATIENCE)
@@ -3331,7 +3343,7 @@ class Trial:
     def operate(self, step):
         client, operation = self.client, self.operation
         self.closed = operation in ("close", "exit")
-        if operation == "send_logs":
+        if operation.startswith("send_logs"):
             self.log(step, lambda entry: client.send_logs([entry]))
         elif "log" in operation:
             self.log(step)
@@ -3460,7 +3472,7 @@ class Trials:
 
     @classmethod
     @contextlib.contextmanager
-    def world(cls):
+    def world(cls, deep=False):
         """Make the module's threads such that they can be forbidden, and nothing else happen at any time."""
         start = threading.Thread.start
 
@@ -3471,7 +3483,7 @@ class Trials:
 
         gc.disable()
         try:
-            with Step.installed(), mock.patch("threading.Thread.start", start_or_not):
+            with Step.installed(deep), mock.patch("threading.Thread.start", start_or_not):
                 yield
         finally:
             cls.threads_forbidden = False
@@ -3484,6 +3496,7 @@ class Trials:
         if self.operation == "exit":
             return Trial(*fresh_module(), self.operation, self.server, spool)
         Trials.shared = Trials.shared or fresh_module()
+        self.shared[0].BACKOFF_BASE = 0.0 if self.operation.endswith("pause") else 1.0
         return Trial(*self.shared, self.operation, self.server, spool)
 
     def measure(self):
@@ -3608,7 +3621,8 @@ class InterruptTest(TestCase):
                 faulthandler.cancel_dump_traceback_later()
                 with self.subTest(str(trials), by=happenings[0].__name__):
                     failed += bool(trials.wrong)
-                    self.assertFalse(trials.wrong, "\n".join(map(str, [trials, *trials.wrong])))
+                    for place, happening, what in trials.wrong:
+                        self.fail(f"{what}: {happening} {place}")
                 if failed == 3:
                     return
 
@@ -3646,6 +3660,547 @@ class InterruptTest(TestCase):
 
     def test_the_exit_hook_interrupted_anywhere_harms_nothing(self):
         self.every("exit")
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+class TimeLimitTest(TestCase):
+    """Real signals at random moments, whose handler raises an Exception, against a job that logs."""
+
+    def job(self, client):
+        """Log until a time limit ends it; return what was raised."""
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0005))
+            while not self.fired:
+                entry = Log("job.step", 1)
+                self.unsure.add(entry.log_id)
+                client.log(entry)
+                self.returned.add(entry.log_id)
+                self.unsure.discard(entry.log_id)
+        except TimeLimit as exc:
+            return exc
+        return None
+
+    def limited(self, times, spool):
+        """Let time limits end jobs of one client; check it after each, and the account at the end."""
+        wire, self.returned, self.unsure = Wire(), set(), set()
+        client = new_client(api_key=KEY, transport=wire, flush_delay=0, spool=spool)
+        for n in range(times):
+            self.fired = False
+            raised = self.job(client)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if raised is None:
+                self.fail(f"the client swallowed time limit {n}")
+            if n % 10 == 0:
+                entry = Log("job.after", 1)
+                client.log(entry)
+                self.returned.add(entry.log_id)
+                self.assertTrue(wire.wait([entry.log_id]), f"deaf after {n} time limits")
+        self.assertTrue(client.flush(LONG), client.stats())
+        self.assertTrue(client.close(LONG), client.stats())
+        stats = client.stats()
+        self.assertEqual(len(wire.taken), len(set(wire.taken)), "sent twice")
+        self.assertEqual(self.returned - set(wire.taken), set(), "lost")
+        self.assertEqual(set(wire.taken) - self.returned - self.unsure, set())
+        self.assertEqual((stats.accepted, stats.delivered), (len(wire.taken), len(wire.taken)))
+        self.assertBalanced(client)
+
+    def each(self, spool):
+        def expired(*_):
+            self.fired = True
+            raise TimeLimit
+
+        before = signal.signal(signal.SIGALRM, expired)
+        self.addCleanup(signal.signal, signal.SIGALRM, before)
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+        faulthandler.dump_traceback_later(10 * LONG, exit=True)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        for client in range(100 if FULL else 3):
+            self.limited(100, self.folder() / f"{client}.db" if spool else None)
+
+    def test_time_limits_at_random_moments_of_a_job_in_memory_harm_nothing(self):
+        self.each(spool=False)
+
+    def test_time_limits_at_random_moments_of_a_job_with_a_spool_harm_nothing(self):
+        self.each(spool=True)
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
+class ReentryTest(TestCase):
+    """A handler may do anything wherever its thread waits, in the threading module as well."""
+
+    def each(self, operation, server):
+        with Trials.world(deep=True):
+            for threads in (True, False):
+                trials = Trials(operation, None, server, threads)
+                length = trials.measure()
+                for handler in Trial.HANDLERS if FULL else Trial.HANDLERS[2:3]:
+                    trials = Trials(operation, None, server, threads)
+                    trials.run((handler,), 1 if FULL else max(1, length // 60), 1, ("signal",))
+                    with self.subTest(str(trials), by=handler.__name__):
+                        for place, happening, what in trials.wrong:
+                            self.fail(f"{what}: {happening} {place}")
+
+    def test_a_handler_may_close_flush_and_log_while_a_repeated_call_waits_for_its_next_attempt(
+        self,
+    ):
+        self.each("send_logs with a pause", "flaky")
+
+    def test_a_handler_may_close_flush_and_log_while_close_waits(self):
+        self.each("close", "down")
+
+
+class ExitInterruptedTest(ProcessTestCase):
+    CODE = """
+import logging
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+waits = threading.Event()
+
+def stalled(method, url, body, headers, timeout):
+    for _ in range(int(sys.argv[2])):
+        os.kill(os.getpid(), signal.SIGINT)
+        waits.wait(0.3)
+    waits.wait(20)
+
+def dropped(logs, error):
+    say("DROPPED", *(entry["log_id"] for entry in logs))
+
+c = client(transport=stalled, exit_timeout=float(sys.argv[3]), flush_delay=60, on_drop=dropped)
+for _ in range(3):
+    log(c)
+"""
+
+    @unittest.skipIf(os.name == "nt", "Ctrl-C of another kind")
+    def test_what_is_dropped_is_reported_when_ctrl_c_interrupts_the_exit_hook_several_times(self):
+        for times in (1, 2, 3):
+            with self.subTest(times):
+                done = self.python(PRELUDE + self.CODE, "http://x", times, 20)
+                lines = done.stdout.split("\n")
+                logged = sorted(lines[:3])
+                dropped = [
+                    i for line in lines if line.startswith("DROPPED") for i in line.split()[1:]
+                ]
+                self.assertEqual(sorted(dropped), logged, done.stdout + done.stderr)
+                self.assertIn("ERROR dropped 3 logs (closed)", done.stdout)
+
+
+class DeadlineTest(ProcessTestCase):
+    """A deadline is kept, give or take a moment, whatever holds the file or hangs in on_drop."""
+
+    MOMENT = (
+        1.0  # seconds: much more than a scheduler needs, and less than any wait that is forgotten
+    )
+
+    def took(self, work, *args):
+        started = time.monotonic()
+        work(*args)
+        return time.monotonic() - started
+
+    def test_log_flush_and_close_are_bounded_while_another_program_locks_the_spool(self):
+        for opened in (True, False):  # before the lock was taken, or while it is
+            with self.subTest(opened=opened):
+                path, wire = self.spool(), Wire()
+                self.drain(self.make_spool(1, path)[0])
+                client = new_client(api_key=KEY, transport=wire, flush_delay=60, spool=path)
+                self.addCleanup(client.close, 0)
+                logged = [Log("test", n) for n in range(3)]
+                if opened:
+                    client.log(logged[0])
+                with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                    other.execute("BEGIN IMMEDIATE")
+                    for entry in logged[opened:]:
+                        self.assertLess(self.took(client.log, entry), self.MOMENT)
+                    self.assertLess(self.took(client.flush, 0.5), 0.5 + self.MOMENT)
+                    self.assertLess(self.took(client.close, 1), 1 + self.MOMENT)
+                    other.execute("ROLLBACK")
+                sent = set(wire.taken) | set(self.drain(path))
+                self.assertEqual(set(ids([e.to_dict() for e in logged])) - sent, set())
+                self.assertBalanced(client)
+
+    def senders(self, hang, batches):
+        """Return a client with four senders, each of which hangs in on_drop; it takes ten batches."""
+        together, inside = threading.Barrier(4), threading.Semaphore(0)
+        requests = itertools.count()
+
+        def transport(method, url, body, headers, timeout):
+            if next(requests) < 6:  # a success with a backlog brings another sender
+                return 200, b"", {}
+            together.wait(LONG)
+            return 403, b"", {}
+
+        def on_drop(logs, error):
+            inside.release()
+            hang.wait(LONG)
+
+        client = new_client(api_key=KEY, transport=transport, on_drop=on_drop, flush_delay=60)
+        self.addCleanup(client.close, 5)
+        for n in range(batches * 250):
+            client.log(Log("test", n))
+        client.flush(0)
+        for _ in range(4):
+            self.assertTrue(inside.acquire(timeout=LONG))
+        return client
+
+    def test_close_is_bounded_when_on_drop_hangs_in_every_sender(self):
+        for batches in (10, 12):  # with 12, close itself has something to drop
+            with self.subTest(batches=batches):
+                hang = threading.Event()
+                client = self.senders(hang, batches)
+                self.addCleanup(hang.set)
+                self.assertLess(self.took(client.close, 0), self.MOMENT)
+
+    def test_close_is_bounded_when_the_transport_hangs_in_every_sender(self):
+        hang, inside = threading.Event(), threading.Semaphore(0)
+        self.addCleanup(hang.set)
+
+        def transport(*_):
+            inside.release()
+            hang.wait(LONG)
+            return 200, b"", {}
+
+        client = new_client(api_key=KEY, transport=transport, flush_delay=0)
+        client.log(Log("test", 1))
+        self.assertTrue(inside.acquire(timeout=LONG))
+        self.assertLess(self.took(client.flush, 0.2), 0.2 + self.MOMENT)
+        self.assertLess(self.took(client.close, 0.2), 0.2 + self.MOMENT)
+        self.assertBalanced(client)
+
+    def test_the_exit_keeps_its_time_when_on_drop_hangs_in_every_sender(self):
+        program = self.start_program(
+            """
+import itertools
+together, inside, requests = threading.Barrier(4), threading.Semaphore(0), itertools.count()
+
+def transport(method, url, body, headers, timeout):
+    if next(requests) < 6:
+        return 200, b"", {}
+    together.wait(20)
+    return 403, b"", {}
+
+def on_drop(logs, error):
+    inside.release()
+    threading.Event().wait(20)
+
+c = client("http://x", transport=transport, on_drop=on_drop, flush_delay=60, exit_timeout=1)
+for n in range(10 * 250):
+    c.log(Log("test", n))
+c.flush(0)
+for _ in range(4):
+    inside.acquire()
+say(time.monotonic())
+"""
+        )
+        started = float(self.line(program))
+        self.assertEqual(program.wait(LONG), 0)
+        self.assertLess(time.monotonic() - started, 1 + 1.5 * self.MOMENT)
+
+
+class StormTest(TestCase):
+    def test_memory_does_not_grow_with_what_the_server_says(self):
+        """A gateway that answers each request 403 with 64 KB of JSON, 600 times a second, for a minute."""
+        try:
+            import tracemalloc
+        except ImportError:
+            self.skipTest("this Python cannot tell what its memory is used for")
+        answers = 36000 if FULL else 600
+        page, seen = json.dumps({"error": "x" * 65000}).encode(), threading.Semaphore(0)
+
+        def gateway(method, url, body, headers, timeout):
+            seen.release()
+            return 403, page[:-2] + b'"}', {}  # another object each time
+
+        client = new_client(api_key=KEY, transport=gateway, flush_delay=0, batch_size=1)
+        self.addCleanup(client.close, 5)
+        gc.collect()
+        for n in range(answers + 20):
+            if n == 20:
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+            client.log(Log("test", n))
+            self.assertTrue(seen.acquire(timeout=LONG))
+        held, peak = tracemalloc.get_traced_memory()
+        self.assertLess(held, 2e6)
+        self.assertLess(peak, 4e6)
+        self.assertBalanced(client)
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to time with here")
+class RecursionTest(TestCase):
+    def test_log_near_the_recursion_limit_leaves_a_client_that_sends(self):
+        def deep(frames, work):
+            return deep(frames - 1, work) if frames else work()
+
+        folder = str(self.folder())
+        with Trials.world():
+            for operation, spool in itertools.product(
+                ("first log", "log", "flush"), (None, folder)
+            ):
+                trials = Trials(operation, spool)
+                failed = 0
+                for left in range(2, 60, 1 if FULL else 3):
+                    here = len(traceback.extract_stack())
+                    trial = trials.trial()
+                    step = Step()
+                    try:
+                        deep(sys.getrecursionlimit() - here - left, lambda: trial.operate(step))
+                    except RecursionError:
+                        failed += 1
+                    finally:
+                        step.stop()
+                    with self.subTest(operation, spool=bool(spool), frames_left=left):
+                        self.assertEqual(trials.judge(trial), [])
+                    trials.clean(trial)
+                self.assertGreater(failed, 1)
+                trials.helper.end()
+
+
+class NotASpoolCase(ProcessTestCase):
+    """What is not ours is refused and left as it was; the client says so once and goes on in memory."""
+
+    def state(self, path):
+        """Return all that can be seen of a path and of those beside it, but for times of reading."""
+
+        def of(name):
+            found = os.lstat(name)
+            text = None
+            if stat.S_ISREG(found.st_mode):
+                text = hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest()
+            elif stat.S_ISLNK(found.st_mode):
+                text = os.readlink(name)
+            elif stat.S_ISDIR(found.st_mode):
+                text = sorted(os.listdir(name))
+            return text, found.st_mode, found.st_uid, found.st_ino, found.st_mtime_ns
+
+        folder = os.path.dirname(path)
+        return {name: of(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+
+    def refuses(self, path, spool=None):
+        """Use a path as a spool: it must not change, and the client must send all the same."""
+        before, transport = self.state(path), FakeTransport()
+        self.records.clear()
+
+        def work():
+            with new_client(api_key=KEY, transport=transport, spool=spool or path) as client:
+                entries = [Log("test", n) for n in range(3)]
+                for entry in entries:
+                    client.log(entry)
+                self.assertTrue(client.flush(LONG), client.stats())
+            self.assertBalanced(client)
+            self.assertEqual(ids(transport.logs()), [entry.log_id for entry in entries])
+
+        self.bounded(work)
+        self.assertEqual(self.state(path), before)
+        warnings = [r.getMessage() for r in self.records if r.levelno >= logging.WARNING]
+        self.assertEqual(len(warnings), 1, warnings)
+        self.assertIn(os.path.basename(path), warnings[0])
+        with self.assertRaises(ChirrOpError) as caught:
+            self.bounded(lambda: new_client(api_key=KEY, spool=SqliteSpool(path, required=True)))
+        self.assertIn(os.path.basename(path), str(caught.exception))
+        self.assertEqual(self.state(path), before)
+
+    def bounded(self, work):
+        helper = Helper()
+        try:
+            helper.do(work)
+        except Hang as exc:
+            self.fail(f"hangs in {exc}")
+        finally:
+            helper.end()
+
+
+class ForeignFileTest(NotASpoolCase):
+    """A file of ours is known by what is in it; whatever else is there is none of our business."""
+
+    def also_by_a_link(self, path):
+        """Try the path, then a symbolic link to it."""
+        with self.subTest(path.name):
+            self.refuses(str(path))
+        link = self.folder() / f"link-to-{path.name}"
+        with self.subTest(link.name):
+            try:
+                link.symlink_to(path)
+            except OSError:
+                return  # Windows wants a right for it
+            before = self.state(path)
+            self.refuses(str(link))
+            self.assertEqual(self.state(path), before)
+
+    def test_a_folder_keeps_its_mode_and_is_refused(self):
+        for mode in (0o755, 0o1777, 0o700):
+            path = self.folder() / "folder"
+            path.mkdir()
+            path.chmod(mode)
+            self.also_by_a_link(path)
+
+    def test_a_pipe_a_socket_and_a_device_keep_their_modes_and_are_refused(self):
+        folder = self.folder()
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(folder / "pipe", 0o666)
+        if hasattr(socket, "AF_UNIX"):
+            server = socket.socket(socket.AF_UNIX)
+            self.addCleanup(server.close)
+            server.bind(str(folder / "socket"))
+        with contextlib.suppress(OSError, AttributeError):  # only root may, and not everywhere
+            os.mknod(folder / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        for path in folder.iterdir():
+            path.chmod(0o666)
+        for path in sorted(folder.iterdir()):
+            self.also_by_a_link(path)
+
+    def test_text_is_left_as_it_is_and_refused(self):
+        for name, text in (
+            ("page.html", b"<!doctype html>\n" + b"<p>hello</p>\n" * 500),
+            ("short.txt", b"x"),
+            ("almost.db", b"SQLite format 2\0" + bytes(100)),
+        ):
+            path = self.folder() / name
+            path.write_bytes(text)
+            path.chmod(0o644)
+            self.also_by_a_link(path)
+
+    def test_the_database_of_another_program_is_left_as_it_is_and_refused(self):
+        for name, pragmas in (
+            ("plain", ()),
+            ("version-1", ("user_version = 1",)),
+            ("version-2", ("user_version = 2",)),
+            ("other-id", ("application_id = 252006673", "user_version = 1")),
+            ("wal", ("journal_mode = WAL", "user_version = 1")),
+        ):
+            path = self.folder() / f"{name}.db"
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                for pragma in pragmas:
+                    other.execute(f"PRAGMA {pragma}")
+                other.execute("CREATE TABLE logs (id INTEGER PRIMARY KEY, text TEXT)")
+                other.execute("INSERT INTO logs (text) VALUES ('theirs')")
+                other.commit()
+            path.chmod(0o644)
+            self.also_by_a_link(path)
+
+
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root makes others' files")
+class OtherUserTest(NotASpoolCase):
+    """What another user can do in a folder that it may write to."""
+
+    OTHER = 65534
+
+    def setUp(self):
+        super().setUp()
+        probe = self.folder() / "probe"
+        probe.touch()
+        try:
+            os.chown(probe, self.OTHER, self.OTHER)
+        except OSError:
+            self.skipTest("this root may not give files away")
+
+    def shared(self, mode=0o1777):
+        folder = self.folder() / "shared"
+        folder.mkdir()
+        folder.chmod(mode)
+        return folder
+
+    def give_away(self, *paths):
+        for path in paths:
+            os.chown(path, self.OTHER, self.OTHER, follow_symlinks=False)
+
+    def planted(self, path, mode=0o666):
+        """Let the other user have a valid spool there, with logs that it wants to be sent."""
+        self.make_spool(3, path)
+        path.chmod(mode)
+        self.give_away(*path.parent.iterdir())
+        return path
+
+    def test_a_spool_in_a_folder_that_everybody_may_change_is_refused(self):
+        for mode in (0o777, 0o773, 0o722 | 0o002):
+            path = self.shared(mode) / "spool.db"
+            with self.subTest(oct(mode), there=False):
+                self.refuses(str(path))
+            folder = self.shared(0o700)
+            self.make_spool(3, folder / "spool.db")
+            folder.chmod(mode)
+            with self.subTest(oct(mode), there=True):
+                self.refuses(str(folder / "spool.db"))
+
+    def test_a_spool_in_a_sticky_folder_that_everybody_may_write_to_works(self):
+        path = self.shared() / "spool.db"
+        self.make_spool(3, path)
+        self.assertEqual(len(self.drain(path)), 3)
+        self.assertEqual([r for r in self.records if r.levelno >= logging.WARNING], [])
+
+    def test_a_spool_that_another_user_planted_is_neither_read_nor_changed(self):
+        for mode in (0o666, 0o600, 0o644):
+            with self.subTest(oct(mode)):
+                self.refuses(str(self.planted(self.shared() / "spool.db", mode)))
+
+    def test_a_spool_that_another_user_planted_is_not_read_by_a_user_who_is_not_root(self):
+        folder = self.shared()
+        path = self.planted(folder / "spool.db")
+        folder.parent.chmod(0o755)
+        before = self.state(path)
+        done = self.python(
+            PRELUDE
+            + """
+import email.utils, http.client, json, logging, sqlite3
+os.setgroups([]); os.setgid(65533); os.setuid(65533)
+sent = []
+def transport(method, url, body, headers, timeout):
+    sent.extend(json.loads(body))
+    return 200, b"", {}
+c = client("http://x", transport=transport, spool=sys.argv[1])
+c.log(Log("mine", 1))
+assert c.flush(20), c.stats()
+c.close(20)
+say(*(entry["event"] for entry in sent))
+""",
+            path,
+        )
+        self.assertEqual(done.stdout.split(), ["mine"], done.stderr)
+        self.assertEqual(self.state(path), before)
+
+    def test_what_another_user_planted_beside_a_spool_of_ours_is_neither_read_nor_changed(self):
+        """Files of ours have names that can be guessed: PATH.2 and so on, and those of SQLite."""
+        for suffix in (".2", ".3", "-wal", "-journal"):
+            with self.subTest(suffix):
+                folder = self.shared()
+                path = folder / "spool.db"
+                mine, theirs = self.make_spool(2, path)[1], folder / f"spool.db{suffix}"
+                source = self.planted(self.shared() / "spool.db")
+                theirs.write_bytes(source.read_bytes())
+                theirs.chmod(0o666)
+                self.give_away(theirs)
+                before = self.state(path)[theirs.name]
+                sent = self.drain(path)
+                self.assertEqual(set(sent) - set(mine), set(), "logs of another user")
+                self.assertEqual(self.state(path).get(theirs.name), before)
+
+    def test_a_link_that_another_user_planted_is_not_followed(self):
+        def victim(kind):
+            folder = self.folder() / "private"
+            folder.mkdir(mode=0o700)
+            path = folder / "victim"
+            if kind == "text":
+                path.write_bytes(b"theirs\n")
+                path.chmod(0o644)
+            elif kind == "spool":
+                self.make_spool(2, path)
+            elif kind == "empty":
+                path.touch(0o644)
+            return path
+
+        for kind in ("text", "spool", "empty", "missing"):
+            for suffix in ("", "-wal", "-journal"):
+                with self.subTest(kind, suffix=suffix):
+                    folder, target = self.shared(), victim(kind)
+                    path, link = folder / "spool.db", folder / f"spool.db{suffix}"
+                    link.symlink_to(target)
+                    self.give_away(link)
+                    before = self.state(str(target))
+                    if suffix:
+                        self.make_spool(1, path)
+                        with contextlib.suppress(AssertionError):
+                            self.drain(path)
+                    else:
+                        self.refuses(str(path))
+                    self.assertEqual(self.state(str(target)), before)
 
 
 # ---- Transport: a scripted server ------------------------------------------
