@@ -15,6 +15,7 @@ import copy
 import dis
 import email.utils
 import faulthandler
+import functools
 import gc
 import hashlib
 import http.client
@@ -3063,25 +3064,25 @@ class Place:
         *("CALL", "CALL_KW", "CALL_FUNCTION", "CALL_METHOD", "CALL_FUNCTION_KW"),
         "CALL_FUNCTION_EX",
     )
-    _read_before = {}
+    _read = {}  # code -> its instructions, offset -> index, the guarded parts
 
     def __init__(self, frame, last):
         code, self.offset = frame.f_code, frame.f_lasti
-        if code not in self._read_before:
-            self._read_before[code] = list(dis.get_instructions(code))
-        self.steps = self._read_before[code]
-        self.index = next(i for i, s in enumerate(self.steps) if s.offset == self.offset)
+        if code not in self._read:
+            steps = list(dis.get_instructions(code))
+            guards = getattr(dis.Bytecode(code), "exception_entries", ())
+            self._read[code] = steps, {s.offset: i for i, s in enumerate(steps)}, guards
+        self.steps, self.indices, self.guards = self._read[code]
+        self.index = self.indices[self.offset]
         self.name = self.steps[self.index].opname
-        self.function, self.line = code.co_name, frame.f_lineno
         self.reach = "never"
         if self._follows_a_look(frame, *last):
             self.reach = "signal"
         elif self.name.startswith(self.ALLOCATING) and not self._is_exit():
             self.reach = "memory"
-        self.stack = stack_of(frame)
 
     def __str__(self):
-        return f"[{self.reach}] before {self.name} in {self.stack}"
+        return f"[{self.reach}] before {self.name} in {getattr(self, 'stack', '?')}"
 
     def _is_exit(self):
         """Tell whether this calls a lock's __exit__: with three times None, that takes no memory."""
@@ -3094,11 +3095,11 @@ class Place:
         before = self.steps[self.index - 1] if self.index else None
         name, is_next = before.opname if before else "", True
         if last_frame is frame:
-            name = next(s.opname for s in self.steps if s.offset == last_offset)
+            name = self.steps[self.indices[last_offset]].opname
             is_next = bool(before) and before.offset == last_offset
         returned = last_frame not in (None, frame, frame.f_back)  # from Python code
         if sys.version_info >= (3, 11):
-            if before and self._guard(frame, before.offset) != self._guard(frame, self.offset):
+            if before and self._guard(before.offset) != self._guard(self.offset):
                 return False  # it would be caught elsewhere than what the test raises here
             if is_next:
                 return name == "RESUME" or (name in self.CALLS and not returned)
@@ -3109,10 +3110,8 @@ class Place:
             return name in ("", "YIELD_VALUE", *self.CALLS) if is_next else "JUMP" in name
         return not is_next or name not in self.FAST
 
-    @staticmethod
-    def _guard(frame, offset):
-        entries = dis.Bytecode(frame.f_code).exception_entries
-        return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
+    def _guard(self, offset):
+        return next((guard.target for guard in self.guards if guard.start <= offset < guard.end), 0)
 
 
 def stack_of(frame):
@@ -3123,27 +3122,34 @@ def stack_of(frame):
 
 
 class Step:
-    """Do `action` before the nth instruction that this thread executes in the module; 0 only counts."""
+    """Do `action` before the nth instruction that this thread executes in the module.
+
+    With 0, which does nothing, `reaches` has the reach of each of them afterwards.
+    """
 
     def __init__(self, nth=0, action=None):
         self.nth, self.action, self.count, self.place = nth, action, 0, None
-        self._last = (None, 0)
+        self.reaches, self._last = [], (None, 0)
 
-    def _reached(self, frame):
-        self.stop()
-        self.place, self._last = Place(frame, self._last), None
-        self.action()
+    def _executes(self, frame):
+        self.count += 1
+        if self.nth == 0:
+            self.reaches.append(Place(frame, self._last).reach)
+            self._last = (frame, frame.f_lasti)
+        elif self.count == self.nth - 1:
+            self._last = (frame, frame.f_lasti)
+        elif self.count == self.nth:
+            self.stop()
+            self.place = Place(frame, self._last)
+            self.place.stack, self._last = stack_of(frame), None
+            self.action()
 
     def __enter__(self):
         self._tracer = sys.gettrace()
 
         def step(frame, event, arg):
             if event == "opcode":
-                self.count += 1
-                if self.count == self.nth - 1:
-                    self._last = (frame, frame.f_lasti)
-                elif self.count == self.nth:
-                    self._reached(frame)
+                self._executes(frame)
             return step
 
         def call(frame, event, arg):
@@ -3171,7 +3177,7 @@ class Step:
 
 
 class MonitorStep(Step):
-    """The same with sys.monitoring: from 3.13 on, opcode events of sys.settrace miss a function's first run."""
+    """The same with sys.monitoring: in 3.13, sys.settrace misses the opcodes of a first run."""
 
     armed = None
 
@@ -3181,13 +3187,11 @@ class MonitorStep(Step):
         monitoring, tool = sys.monitoring, 4
         event, codes = monitoring.events.INSTRUCTION, codes_within(MODULE_CODE)
         if deep:
-            kinds = [
-                threading.__dict__,
-                *(vars(v) for v in vars(threading).values() if type(v) is type),
-            ]
-            codes += [f.__code__ for kind in kinds for f in kind.values() if hasattr(f, "__code__")]
+            classes = (vars(v) for v in vars(threading).values() if type(v) is type)
+            functions = [f for names in (vars(threading), *classes) for f in names.values()]
+            codes += [f.__code__ for f in functions if hasattr(f, "__code__")]
         monitoring.use_tool_id(tool, "test_chirrop")
-        monitoring.register_callback(tool, event, cls._executes)
+        monitoring.register_callback(tool, event, cls._happened)
         for code in codes:
             monitoring.set_local_events(tool, code, event)
         try:
@@ -3199,14 +3203,10 @@ class MonitorStep(Step):
             monitoring.free_tool_id(tool)
 
     @staticmethod
-    def _executes(code, offset):
+    def _happened(code, offset):
         step = MonitorStep.armed
         if step is not None and step.thread == threading.get_ident():
-            step.count += 1
-            if step.count == step.nth - 1:
-                step._last = (sys._getframe(1), offset)
-            elif step.count == step.nth:
-                step._reached(sys._getframe(1))
+            step._executes(sys._getframe(1))
 
     def __enter__(self):
         self.thread = threading.get_ident()
@@ -3320,7 +3320,8 @@ class Trial:
         self.closed = False
         waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
         self.client = module.new_client(
-            api_key=KEY, transport=self.wire, spool=spool, retries=operation.endswith("pause"), timeout=PATIENCE,
+            api_key=KEY, transport=self.wire, spool=spool, timeout=PATIENCE,
+            retries=int(operation.endswith("pause")),
             flush_delay=60 if waits else 0, batch_size=3, exit_timeout=0.05,
             queue_size=10 if operation == "log to a bounded queue" else 0,
             on_drop=lambda logs, error: self.drops.extend(ids(logs)),
@@ -3460,7 +3461,7 @@ class Trials:
 
     def __init__(self, operation, folder=None, server="up", threads=True):
         self.operation, self.folder, self.server, self.threads = operation, folder, server, threads
-        self.tried, self.instructions = collections.Counter(), 0
+        self.tried = collections.Counter()  # reach -> number
         self.wrong = []  # (place, what happened, what was wrong)
         self.helper = Helper()
 
@@ -3499,16 +3500,14 @@ class Trials:
         self.shared[0].BACKOFF_BASE = 0.0 if self.operation.endswith("pause") else 1.0
         return Trial(*self.shared, self.operation, self.server, spool)
 
-    def measure(self):
-        """Return how many instructions the operation takes when nothing happens."""
-        step = Step()
-        trial = self.trial()
+    def survey(self):
+        """Return the reach of each instruction of the operation when nothing happens."""
+        step, trial = Step(), self.trial()
         self.operate(trial, step)
         trial.wire.state = "up"
         trial.client.close(PATIENCE)
-        self.clean(trial)
-        self.instructions = step.count
-        return step.count
+        self.clean()
+        return step.reaches
 
     def operate(self, trial, step):
         """Do the operation; return what it raised."""
@@ -3523,13 +3522,13 @@ class Trials:
             step.stop()
         return None
 
-    def run(self, happenings, stride=1, start=1, demanded=()):
-        """Let one of `happenings` happen at every stride-th instruction, in turn, from `start` on.
+    def run(self, happenings, places=None, demanded=()):
+        """Let `happenings` happen in turn, at these places or at every instruction, which start from 1.
 
         Ends at the first that is wrong and whose reach is demanded; `wrong` then has no others.
         """
-        for nth in range(start, self.measure() + 1, stride):
-            self.one(nth, happenings[nth // stride % len(happenings)])
+        for nth in places or range(1, len(self.survey()) + 1):
+            self.one(nth, happenings[sum(self.tried.values()) % len(happenings)])
             if sum(self.tried.values()) % 200 == 0:
                 gc.collect()
             if demanded:
@@ -3567,7 +3566,7 @@ class Trials:
             wrong += self.judge(trial)
         self.tried[step.place.reach if step.place else "end"] += 1
         self.wrong += ((step.place, happening.__name__, what) for what in wrong)
-        self.clean(trial)
+        self.clean()
 
     def judge(self, trial):
         wrong = []
@@ -3586,7 +3585,7 @@ class Trials:
             wrong.append(f"raises {exc!r} afterwards")
         return wrong
 
-    def clean(self, trial):
+    def clean(self):
         for name in os.listdir(self.folder) if self.folder else ():
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, name))
@@ -3613,11 +3612,8 @@ class InterruptTest(TestCase):
             for index, (spool, server, threads, happenings) in enumerate(conditions):
                 trials = Trials(operation, spool, server, threads)
                 faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
-                trials.run(
-                    happenings[index % 5 :] + happenings[: index % 5],
-                    *self.chosen(trials, index),
-                    demanded=self.REACHES,
-                )
+                happenings = happenings[index % 5 :] + happenings[: index % 5]
+                trials.run(happenings, self.chosen(trials, index), self.REACHES)
                 faulthandler.cancel_dump_traceback_later()
                 with self.subTest(str(trials), by=happenings[0].__name__):
                     failed += bool(trials.wrong)
@@ -3627,15 +3623,17 @@ class InterruptTest(TestCase):
                     return
 
     def chosen(self, trials, index):
-        """Return the stride and the start: every instruction, or others with each index."""
+        """Return None for every instruction, or a few that signals can reach, others with each index."""
+        key = (trials.operation, bool(trials.folder), trials.threads)
         if FULL:
-            return 1, 1
-        key = (trials.operation, bool(trials.folder))
-        self.lengths[key] = self.lengths.get(key) or trials.measure()
-        stride = self.lengths[key] // 2 + 1
-        return stride, 1 + index * 37 % stride
+            return None
+        if key not in self.surveys:
+            reaches = enumerate(trials.survey(), 1)
+            self.surveys[key] = [nth for nth, reach in reaches if reach == "signal"]
+        places = self.surveys[key]
+        return [places[(index * 7 + n) % len(places)] for n in (0, len(places) // 2)]
 
-    lengths = {}  # (operation, spool) -> instructions, to choose some of them
+    surveys = {}  # conditions -> places
 
     def test_the_first_log_interrupted_anywhere_harms_nothing(self):
         self.every("first log")
@@ -3732,11 +3730,11 @@ class ReentryTest(TestCase):
     def each(self, operation, server):
         with Trials.world(deep=True):
             for threads in (True, False):
-                trials = Trials(operation, None, server, threads)
-                length = trials.measure()
-                for handler in Trial.HANDLERS if FULL else Trial.HANDLERS[2:3]:
+                reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
+                places = [nth for nth, reach in reaches if reach == "signal"]
+                for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
-                    trials.run((handler,), 1 if FULL else max(1, length // 60), 1, ("signal",))
+                    trials.run([handler], None if FULL else places, ("signal", "memory"))
                     with self.subTest(str(trials), by=handler.__name__):
                         for place, happening, what in trials.wrong:
                             self.fail(f"{what}: {happening} {place}")
@@ -3937,19 +3935,17 @@ class RecursionTest(TestCase):
             ):
                 trials = Trials(operation, spool)
                 failed = 0
-                for left in range(2, 60, 1 if FULL else 3):
+                for left in range(2, 40):
                     here = len(traceback.extract_stack())
                     trial = trials.trial()
-                    step = Step()
+                    work = functools.partial(trial.operate, contextlib.nullcontext())
                     try:
-                        deep(sys.getrecursionlimit() - here - left, lambda: trial.operate(step))
+                        deep(sys.getrecursionlimit() - here - left, work)
                     except RecursionError:
                         failed += 1
-                    finally:
-                        step.stop()
                     with self.subTest(operation, spool=bool(spool), frames_left=left):
                         self.assertEqual(trials.judge(trial), [])
-                    trials.clean(trial)
+                    trials.clean()
                 self.assertGreater(failed, 1)
                 trials.helper.end()
 
@@ -4110,7 +4106,7 @@ class OtherUserTest(NotASpoolCase):
         return path
 
     def test_a_spool_in_a_folder_that_everybody_may_change_is_refused(self):
-        for mode in (0o777, 0o773, 0o722 | 0o002):
+        for mode in (0o777, 0o773, 0o722):
             path = self.shared(mode) / "spool.db"
             with self.subTest(oct(mode), there=False):
                 self.refuses(str(path))
