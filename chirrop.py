@@ -16,8 +16,8 @@ Outside itself this file touches, each in the one place named:
     threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
               the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
-    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; what urllib (proxies) and
-              OpenSSL (CA files, SSLKEYLOGFILE) read by themselves
+    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
+              proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
     exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
     logging   the logger "chirrop", to which no handler is added
 
@@ -31,10 +31,13 @@ __version__. Licence: MIT, the text is at the end of the file.
 from __future__ import annotations
 
 import atexit
+import importlib
 import io
 import json
 import math
 import os
+import signal
+import stat
 import struct
 import sys
 import threading
@@ -42,6 +45,7 @@ import time
 import weakref
 from collections import deque, namedtuple
 from datetime import datetime, timedelta, timezone
+from itertools import repeat
 
 __version__ = "1.0.0"
 
@@ -67,9 +71,10 @@ MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
 MAX_ANSWER_BYTES = (
     16 * 1024 * 1024
 )  # far above any real answer; keeps a wrong host from filling memory
-MAX_ERROR_BYTES = (
-    65536  # of an answer other than 2xx: what is parsed for its message and kept in an error
-)
+MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is searched for its message
+MAX_KEPT_BYTES = 4096  # of that answer: what an error keeps, which may be held for as long as it
+MAX_WAITING = 8  # batches that wait for another attempt before no further ones are begun
+MAX_UNTOLD = 1000  # drops kept for an on_drop that is slow; it is not called for more
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
 MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
 MAX_SERVICER_WAIT = (
@@ -110,7 +115,7 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from http.server import ThreadingHTTPServer
-    from typing import Any, Literal, NamedTuple, Optional, TypedDict, TypeVar, Union
+    from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
     View = Literal["window"]
@@ -126,13 +131,13 @@ if TYPE_CHECKING:
     class Event(TypedDict):
         event_id: str
         event: str
-        agent: str
+        agent: Optional[str]
         title: str
         description: str
         unit: str
-        timezone: str
+        timezone: Optional[str]
         public: bool
-        share_token: Optional[str]
+        share_token: str
         user_id: str
         created_at: str
 
@@ -155,14 +160,14 @@ if TYPE_CHECKING:
         previous_count: int
         value_delta: float
         count_delta: int
-        value_pct_change: Optional[float]
-        count_pct_change: Optional[float]
-        current_mean: Optional[float]
-        previous_mean: Optional[float]
-        mean_delta: Optional[float]
-        mean_pct_change: Optional[float]
-        current_stddev: Optional[float]
-        previous_stddev: Optional[float]
+        value_pct_change: float
+        count_pct_change: float
+        current_mean: float
+        previous_mean: float
+        mean_delta: float
+        mean_pct_change: float
+        current_stddev: float
+        previous_stddev: float
 
     class Analytics(TypedDict):
         event_id: str
@@ -221,7 +226,7 @@ if TYPE_CHECKING:
         destination_id: str
         channel: Channel
         url: str
-        credentials: dict[str, Any]
+        credentials: Optional[dict[str, Any]]
         scope: str
         policy_ids: list[str]
         enabled: bool
@@ -259,7 +264,9 @@ class ChirrOpError(Exception):
 
     Attributes:
         status_code: HTTP status, 0 when there was no answer.
-        body: the answer's parsed JSON, its text where it is not JSON, or None.
+        code: the service's own code, for programs, e.g. "QUOTA_EXCEEDED"; None where it gave none.
+        body: the answer's parsed JSON; the beginning of its text, at most 4 KiB, where that is
+            longer or not JSON; None for an empty answer.
         retry_after: seconds the server asked to wait, or None.
     """
 
@@ -268,11 +275,13 @@ class ChirrOpError(Exception):
         message: str = "",
         *,
         status_code: int = 0,
+        code: str | None = None,
         body: Any = None,
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
+        self.code = code
         self.body = body
         self.retry_after = retry_after
 
@@ -401,7 +410,7 @@ try:
     )
 except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
-_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")
+_LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as Log takes them
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
@@ -467,10 +476,18 @@ def _canonical_id(log_id: object) -> str:
 
     if isinstance(log_id, str):
         log_id = str.strip(log_id)
+    if log_id == "":
+        return ""
     try:
-        return str(uuid.UUID(str(log_id))) if log_id != "" else ""
+        made = uuid.UUID(str(log_id))
+        if made.hex not in str(log_id).lower().replace("-", ""):  # int() takes "_", "+" and "١"
+            raise ValueError("not 32 hexadecimal digits")
+        return str(made)
     except Exception as exc:
-        raise ChirrOpValidationError(f"log_id must be a UUID, got {_show(log_id)}") from exc
+        raise ChirrOpValidationError(
+            f"log_id must be a UUID, got {_show(log_id)}: make one from a key of your own with"
+            " uuid.uuid5(uuid.NAMESPACE_URL, key)"
+        ) from exc
 
 
 def _parse_time(value: object) -> datetime:
@@ -482,7 +499,7 @@ def _parse_time(value: object) -> datetime:
 
             match = re.fullmatch(
                 r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?(?:[.,]([0-9]+))?"
-                r"(?:[Zz]|([+-][0-9]{2}):?([0-9]{2}(?::[0-9]{2}(?:\.[0-9]{6})?)?))?",
+                r"(?:[Zz]|([+-][0-9]{2}):?([0-5][0-9](?::[0-5][0-9](?:\.[0-9]{6})?)?))?",
                 value.strip(),
             )
             if match is None:
@@ -498,7 +515,8 @@ def _parse_time(value: object) -> datetime:
         return moment.astimezone(timezone.utc)
     except Exception as exc:  # a hostile tzinfo may raise anything
         raise ChirrOpValidationError(
-            f"occurred_at must be a datetime or ISO 8601 date and time, got {_show(value)}"
+            "occurred_at must be a datetime or ISO 8601 date and time like 2026-01-31T12:00:00Z,"
+            f" got {_show(value)}"
         ) from exc
 
 
@@ -535,7 +553,8 @@ def _encode_json(name: str, value: object) -> bytes:
 def _encode_meta(meta: object) -> str:
     if isinstance(meta, dict) and len(meta) > MAX_META_KEYS:
         raise ChirrOpValidationError(
-            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}"
+            f"meta must have at most {MAX_META_KEYS} top-level keys, got {len(meta)}:"
+            " put the others into one of them"
         )
     try:
         flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
@@ -546,7 +565,8 @@ def _encode_meta(meta: object) -> str:
         size = len(_encode_json("meta", meta))
         if size > MAX_META_BYTES:
             raise ChirrOpValidationError(
-                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}"
+                f"meta must encode to at most {MAX_META_BYTES} bytes, got {size}:"
+                " cut its texts, as in repr(error)[:200]"
             )
     return text
 
@@ -567,7 +587,7 @@ def _encode_log(
     if type(event) is not str or not (event := event.strip()):
         event = _trimmed("event", event)
         if not event:
-            raise ChirrOpValidationError("event must not be empty")
+            raise ChirrOpValidationError("event must not be empty: name it like tool.errors.count")
     if type(value) is not int and type(value) is not float:
         value = _number(value)
     try:
@@ -642,7 +662,7 @@ class Log:
         raise AttributeError(f"'Log' object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Log cannot be changed")
+        raise AttributeError("a Log cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -718,26 +738,42 @@ def _read_dotenv(name: str, path: str = ".env") -> str | None:
     return found
 
 
+def _find_key(api_key: object) -> tuple[Any, str]:
+    """Return the key, from the argument, the environment or ./.env, and where it came from."""
+    name = "CHIRROP_API_KEY"
+    if api_key:
+        return _hidden(api_key), "given as api_key"
+    if os.environ.get(name):
+        return _Secret(os.environ[name]), f"from {name} in the environment"
+    return _read_dotenv(name) or _Secret(""), f"from {name} in ./.env"
+
+
 def _checked_key(api_key: object) -> _Secret:
-    """Return the key from the argument, the environment or ./.env, in this order."""
-    key = api_key or os.environ.get("CHIRROP_API_KEY") or _read_dotenv("CHIRROP_API_KEY") or ""
+    key, source = _find_key(api_key)
     if not isinstance(key, str):
-        raise ChirrOpValidationError(f"api_key must be a string, got {type(key).__name__}")
+        raise ChirrOpValidationError(f"api_key must be a string, got {type(api_key).__name__}")
     key = _Secret(key.strip())
     if not key:
-        raise ChirrOpValidationError("API key is required")
+        raise ChirrOpValidationError(
+            "API key is required: give api_key, or set CHIRROP_API_KEY in the environment or ./.env"
+        )
     if not key.startswith("chp_"):
-        raise ChirrOpValidationError("Invalid API key: must start with 'chp_'")
+        raise ChirrOpValidationError(f"Invalid API key: must start with 'chp_' ({source})")
+    if key == "chp_":
+        raise ChirrOpValidationError(f"Invalid API key: nothing follows 'chp_' ({source})")
     if not all("!" <= c <= "~" for c in key):
-        raise ChirrOpValidationError("Invalid API key: must be printable ASCII without spaces")
+        raise ChirrOpValidationError(
+            f"Invalid API key: must be printable ASCII without spaces ({source})"
+        )
     return key
 
 
 def _checked_endpoint(name: str, value: str | None, variable: str, default: str) -> str:
     """Return an absolute http(s) URL without user info, query or fragment, and without a final slash."""
-    url = value or os.environ.get(variable) or default
+    url = os.environ.get(variable) or default if value is None else value
     if url == default:
         return url
+    import re
     import urllib.parse
 
     try:
@@ -753,9 +789,13 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
             return url.rstrip("/")
     except (ValueError, TypeError, AttributeError):
         pass
-    # User info may be a password: only the rule is shown, not the URL.
+    shown = type(url).__name__
+    if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
+        _, user_info, rest = url.rpartition("@")
+        shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
     raise ChirrOpValidationError(
-        f"{name} must be an absolute http or https URL without user info, query or fragment"
+        f"{name} must be an absolute http or https URL without user info, query or fragment,"
+        f" got {shown}{'' if value else f' from {variable}'}"
     )
 
 
@@ -832,8 +872,8 @@ class Config:
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
             dropped them; it may log, flush and close, and what it raises is caught and logged.
-        disabled: check logs, then discard them: no key, no thread, no network; also CHIRROP_DISABLED=1 (or
-            true, yes, on).
+        disabled: True checks logs, then discards them: no key, no thread, no network; None is what
+            CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
     Raises:
         ChirrOpValidationError: names the setting, the rule and what was given (never the key).
@@ -859,11 +899,13 @@ class Config:
         ssl_context: Any = None,
         spool: SqliteSpool | str | os.PathLike[str] | None = None,
         on_drop: Callable[[list[dict[str, Any]], ChirrOpError], object] | None = None,
-        disabled: bool = False,
+        disabled: bool | None = None,
     ) -> None:
         api_key = _hidden(api_key)
-        switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
-        off = bool(disabled) or switch in ("1", "true", "yes", "on")
+        _optional("disabled", disabled, "True, False", isinstance(disabled, bool))
+        if disabled is None:
+            switch = os.environ.get("CHIRROP_DISABLED", "").strip().lower()
+            disabled = switch in ("1", "true", "yes", "on")
         is_path = isinstance(spool, (str, os.PathLike)) and bool(os.fspath(spool))
         if ssl_context is not None:
             import ssl
@@ -875,7 +917,7 @@ class Config:
                 isinstance(ssl_context, ssl.SSLContext),
             )
         self.__dict__.update(
-            api_key=_Secret("") if off and not api_key else _checked_key(api_key),
+            api_key=_Secret("") if disabled and not api_key else _checked_key(api_key),
             api_endpoint=_checked_endpoint(
                 "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
             ),
@@ -901,7 +943,7 @@ class Config:
                 "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
-            disabled=off,
+            disabled=disabled,
         )
 
     if TYPE_CHECKING:
@@ -925,7 +967,7 @@ class Config:
         disabled: bool
 
     def __setattr__(self, name: str, value: object = None) -> None:
-        raise AttributeError("a Config cannot be changed")
+        raise AttributeError("a Config cannot be changed: make another")
 
     __delattr__ = __setattr__
 
@@ -934,129 +976,345 @@ class Config:
 
 
 # ---- Buffers --------------------------------------------------------------
-# In: encoded logs, one at a time. Out: the oldest of them, up to a batch. Both kinds have the same methods:
-#   put(data)            accept one log           take(limit) -> (keys, items)    hand out the oldest
-#   remove(keys)         delivered                bury(keys, message)             dropped for good
-#   park(keys) -> bool   refused by the server    give_back(keys) -> bool         not sent before close
-#   adopt()              take over what a dead process left
-#   close(), len() = logs that wait, lost = logs that a damaged file took along
-#   before_fork(), after_fork_in_parent(), after_fork() = in the child
-#   entered() = this very thread is inside, and was interrupted by a signal handler or finaliser
-# park and give_back answer whether the buffer keeps the logs for a later run.
-# put is called from any thread at any moment; the others by one thread at a time, under the outbox's lock.
+# In: encoded logs, one at a time. Out: the oldest of them, as many as a batch may hold. Both kinds:
+#   put(data)            accept one log, from any thread at any moment, without the lock
+#   level()              a number that grows with each put, between two calls of fill
+#   size()               how many logs wait here
+#   fill(batch)          put the oldest of them into an empty batch
+#   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
+#   stays(batch)         tell whether a batch's logs outlive this client
+#   tend()               do what takes its time; without the lock
+#   is_open()            tell whether there is something to close
+#   leave()              prepare for the end; return how many logs stay for a later client
+#   close()              end
+#   after_fork()         start empty in a child process
+# `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
+# read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
+# it guards is half done when somebody else looks, an interrupted caller's own signal handler
+# included: each step is one call of C, or one assignment, and the step that counts comes last.
+
+if TYPE_CHECKING:
+    _Batches = Callable[[], tuple["_Batch", ...]]
 
 
-def _locked(method: _F) -> _F:
-    """Run a method under `self._lock`, an RLock, and count in `self._depth` how often this thread is inside.
+def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
+    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts this thread.
 
-    A finaliser or a signal handler may call log() while its own thread is inside: depth 2 tells.
+    A `with` alone leaves the lock taken when an exception strikes between its block and its exit,
+    as Python 3.9 lets a signal handler do.
     """
-
-    def run(self: Any, *args: Any) -> Any:
-        with self._lock:
-            self._depth += 1
-            try:
-                return method(self, *args)
-            finally:
-                self._depth -= 1
-
-    return run  # type: ignore[return-value]
-
-
-class _Memory(deque):  # type: ignore[type-arg]
-    """Logs that wait in memory. A deque's append is atomic and re-entrant: put takes no lock."""
-
-    lost = 0
-    put = deque.append
-
-    def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
-        items = [
-            self.popleft() for _ in range(min(limit, len(self)))
-        ]  # only ever called by one thread
-        return [], items
-
-    def adopt(self, *_: object) -> bool:
-        return (
-            False  # nothing to do, nothing that outlives the process, and no lock to be inside of
-        )
-
-    bury = park = give_back = close = entered = is_open = before_fork = after_fork_in_parent = adopt
-    remove = adopt  # type: ignore[assignment]
-    after_fork = deque.clear
-
-
-# Rows of one client share the upper bits of their id, its owner number: a range of the primary key is a
-# client's queue, and adopting it from a dead process changes one row of `owners`, not every log.
-_OWNER_BITS = (
-    36  # the lower bits count the logs of one client: 68 * 10**9; the upper, 134 million openings
-)
-_SPOOL_VERSION = 1
-_SQL_TABLES = (
-    # state: 0 queued, 1 parked, 2 dead letter, which alone has an error
-    "CREATE TABLE IF NOT EXISTS logs"
-    " (id INTEGER PRIMARY KEY, body BLOB NOT NULL, state INTEGER NOT NULL DEFAULT 0, error TEXT)",
-    # holder: whose lock file shows that it lives; NULL after a close. AUTOINCREMENT: a number is never reused.
-    "CREATE TABLE IF NOT EXISTS owners (id INTEGER PRIMARY KEY AUTOINCREMENT, holder TEXT)",
-    f"PRAGMA user_version = {_SPOOL_VERSION}",
-)
-_SQL_INSERT = "INSERT INTO logs (id, body) VALUES (?, ?)"
-_SQL_TAKE = "SELECT id, body FROM logs WHERE id > ? AND id < ? AND state = 0 ORDER BY id LIMIT ?"
-_SQL_COUNT = "SELECT count(*) FROM logs WHERE id > ? AND id < ? AND state = 0"
-_SQL_UNPARK = "UPDATE logs SET state = 0 WHERE id > ? AND id < ? AND state = 1"
-_SQL_FORGET = (
-    "DELETE FROM owners WHERE holder IS NULL AND NOT EXISTS"  # noqa: S608  # made of constants
-    f" (SELECT 1 FROM logs WHERE logs.id > owners.id << {_OWNER_BITS} AND logs.id < (owners.id + 1) << {_OWNER_BITS})"
-)
-
-_abandoned: list[
-    Any
-] = []  # SQLite connections of a parent process: closing them here would harm the parent
-_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's transaction or import
-
-
-def _lock_file(path: str) -> int:
-    """Return a descriptor that holds an exclusive lock on a file until it is closed or its process dies.
-
-    Raises:
-        OSError: somebody holds it already.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    nested = lock._is_owned()
     try:
-        if sys.platform == "win32":
-            import msvcrt
+        with lock:
+            return work(*args)
+    finally:
+        if not nested and lock._is_owned():
+            lock.release()
 
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
 
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _is_from_handler(exc: BaseException) -> bool:
+    """Tell whether an exception was raised by a signal handler, on top of what it interrupted.
+
+    Its frame tells, not its type: a time limit may well be a TimeoutError.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    trace = exc.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+class _Batch:
+    """Logs that share their requests: the same bytes on every attempt."""
+
+    __slots__ = (
+        "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+    )  # fmt: skip
+
+    def __init__(self, first: int) -> None:
+        self.first = first  # the place of items[0] in the order in which logs left the buffer
+        self.items: list[bytes] = []
+        # The spool file that holds them, their ids there, and how many logs were read up to the last.
+        self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
+        self.spent = [1]  # requests granted to the original batch, shared by its parts
+        self.attempts, self.not_before, self.exhausted = 0, 0.0, False
+        self.holder = 0  # the thread that is sending it
+        self.era = 0  # failures in a row when it was taken
+
+    def part(self, start: int, end: int) -> _Batch:
+        """Return some of these logs as a batch of their own, as yet unsent."""
+        part, (source, ids, number) = _Batch(self.first + start), self.place
+        part.items, part.spent = self.items[start:end], self.spent
+        part.place = source, ids[start:end], number - (len(self.items) - end)
+        return part
+
+    def later(self, attempts: int, not_before: float, exhausted: bool) -> _Batch:
+        """Return this batch as it waits for another attempt."""
+        again = self.part(0, len(self.items))
+        again.attempts, again.not_before, again.exhausted = attempts, not_before, exhausted
+        return again
+
+
+def _move(logs: deque[bytes], batch: _Batch, limit: int) -> None:
+    """Move the oldest logs into a batch.
+
+    One call of C, which no signal handler can interrupt: a log is either here or there.
+    """
+    batch.items.extend(map(deque.popleft, repeat(logs, min(limit, len(logs)))))
+
+
+class _Memory:
+    """Logs that wait in memory. A deque's append is atomic and re-entrant: put needs no lock."""
+
+    lost = 0  # logs that were lost with a damaged file, to be accounted for: none are here
+
+    def __init__(self) -> None:
+        self.batches: _Batches = tuple
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        self.lock = threading.RLock()
+        self._logs: deque[bytes] = deque()
+        self.put, self.level = self._logs.append, self._logs.__len__
+
+    def size(self) -> int:
+        return len(self._logs)
+
+    def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
+        _move(self._logs, batch, limit)
+
+    def settle(self, batch: _Batch, error: str | None) -> None:
+        """There is nothing to remove: the batch has its logs to itself."""
+
+    def stays(self, batch: _Batch) -> bool:
+        return False
+
+    def tend(self) -> None:
+        """There is nothing to tend."""
+
+    def is_open(self) -> bool:
+        return False
+
+    def leave(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+_SPOOL_ID = 0x43685270  # application_id of our files, by which they are known: "ChRp"
+_SPOOL_VERSION = 2  # user_version; files of the first layout have 1, and no application_id
+_SPOOL_NAMES = 1000  # files of one spool at most: one for each process that writes at once
+_SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
+_TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
+_ADOPT_SECONDS = 5.0  # between two looks for what dead processes left
+_SQL_CREATE = (
+    "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
+    "BEGIN IMMEDIATE",
+    # Rows with an error are dead letters.
+    "CREATE TABLE IF NOT EXISTS logs (id INTEGER PRIMARY KEY, body BLOB NOT NULL, error TEXT)",
+    f"PRAGMA application_id = {_SPOOL_ID}",
+    f"PRAGMA user_version = {_SPOOL_VERSION}",
+    "COMMIT",
+)
+# The next id follows the highest that has ever been given out, so the rows written since a file was
+# opened have no gaps, and how many of them wait is a subtraction.
+_SQL_INSERT = (
+    "INSERT INTO logs (id, body) VALUES (1 + max(?, (SELECT ifnull(max(id), 0) FROM logs)), ?)"
+)
+_SQL_LAST = "SELECT ifnull(max(id), 0) FROM logs"
+_SQL_COUNT = "SELECT count(*) FROM logs WHERE error IS NULL"
+_SQL_READ = "SELECT id, body FROM logs WHERE id > ? AND error IS NULL ORDER BY id LIMIT ?"
+_SQL_DELIVERED = "DELETE FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
+_SQL_DROPPED = "UPDATE logs SET error = ? WHERE id BETWEEN ? AND ? AND error IS NULL"
+_SQL_DEAD = "SELECT body, error FROM logs WHERE error IS NOT NULL ORDER BY id"
+
+# What a forked child must neither close nor open again: SQLite keeps its locks by process and file,
+# and would take the parent's for the child's own.
+_inherited: dict[tuple[int, int], Any] = {}  # (device, inode) -> the parent's connections
+
+
+class _NoSpool(ChirrOpError):
+    """What stands at a spool's path is not a spool, or cannot be trusted; it is left as it was."""
+
+
+def _lock_file(path: str) -> int | None:
+    """Return a descriptor that holds a lock until it is closed or its process dies.
+
+    None: somebody else holds it, in this process or another.
+    """
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        fd = os.open(path, flags, 0o600)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_owner(path, os.fstat(fd))
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return fd
+        except (BlockingIOError, PermissionError):
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its holder has removed it meanwhile: that lock means nothing any more
+
+
+def _unlock_file(path: str, fd: int) -> None:
+    try:
+        os.unlink(path)  # before the lock is given up: nobody must find the file and lock it
     except OSError:
+        pass  # Windows cannot; an unlocked file is as good as none
+    os.close(fd)
+
+
+def _check_owner(path: str, found: os.stat_result) -> None:
+    """Refuse what is no regular file, or belongs to another user, who could feed us logs."""
+    if not stat.S_ISREG(found.st_mode):
+        raise _NoSpool("it is not a regular file")
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        raise _NoSpool(f"{os.path.basename(path)} belongs to another user")
+
+
+def _check_neighbours(path: str) -> None:
+    """Refuse a folder or side files by which another user could reach a spool."""
+    folder = os.stat(os.path.dirname(path)).st_mode
+    if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
+        raise _NoSpool("everyone may replace files in its folder: use another one")
+    for suffix in ("-wal", "-shm", "-journal"):
+        if os.path.lexists(path + suffix):
+            _check_owner(path + suffix, os.lstat(path + suffix))
+
+
+def _check_header(path: str) -> bool:
+    """Tell whether a file is a spool (False: it is empty), or refuse it.
+
+    Only for a file whose lock we hold: closing a file that SQLite has open in this process would
+    drop SQLite's own locks.
+    """
+    _check_owner(path, os.lstat(path))
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        header = os.read(fd, 72)
+    finally:
         os.close(fd)
-        raise
-    return fd
+    if not header:
+        return False
+    if not header.startswith(b"SQLite format 3\0"):
+        raise _NoSpool("it is no spool")
+    version, application = int.from_bytes(header[60:64], "big"), int.from_bytes(header[68:], "big")
+    if application != _SPOOL_ID:
+        raise _NoSpool(
+            "it is the database of another program, or a spool of the first layout, which"
+            " `chirrop drain` of the version that wrote it can empty"
+        )
+    if version > _SPOOL_VERSION:
+        raise _NoSpool("it was written by a newer version of chirrop")
+    return True
+
+
+class _SpoolFile:
+    """One file of a spool that this process holds: its lock, its connections, how far it is read."""
+
+    def __init__(self, path: str, fd: int, conn: Any, side: Any) -> None:
+        self.path, self.fd = path, fd
+        self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
+        self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
+        self.count: int | None = None  # rows that waited then; None: not counted yet
+        self.settled = (0, 0)  # the last row that was settled, and how many were read up to it
+        self.undone: deque[tuple[str, tuple[Any, ...]]] = deque()  # statements for settled rows
+        self.known = 0  # rows that waited when somebody looked last
+        self.changes = 0  # conn.total_changes at the last checkpoint
+
+    def is_drained(self) -> bool:
+        """Tell whether no row waits in a file that has just been opened."""
+        return not self.conn.execute(_SQL_READ, (0, 1)).fetchall()
+
+    def read(self, batches: Sequence[_Batch]) -> tuple[int, int]:
+        """Return the last row that was read, and how many rows had been read with it."""
+        places = [batch.place for batch in batches if batch.place[0] is self]
+        return max([self.settled, *((ids[-1], number) for _, ids, number in places)])
+
+    def size(self, batches: Sequence[_Batch]) -> int:
+        row, number = self.read(batches)
+        last = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, row)
+        self.known = max(0, (self.count or 0) + last - self.last - number)
+        return 0 if self.count is None else self.known
+
+    def add(self, data: bytes) -> None:
+        self.conn.execute(_SQL_INSERT, (max(self.last, self.settled[0]), data))
+
+    def fill(self, batch: _Batch, batches: Sequence[_Batch]) -> None:
+        row, number = self.read(batches)
+        rows = self.conn.execute(_SQL_READ, (row, MAX_BATCH)).fetchall()
+        if not all(type(body) is bytes for _, body in rows):
+            raise ValueError("a row is not a log")
+        if len(rows) < MAX_BATCH:  # the end: what else was counted, somebody has removed by hand
+            self.count = (self.count or 0) + len(rows) - self.size(batches)
+        if rows:
+            batch.place = self, [key for key, _ in rows], number + len(rows)
+            batch.items.extend([body for _, body in rows])
+
+    def work_off(self) -> None:
+        """Remove settled rows, or make them dead letters; what fails is done the next time."""
+        while self.undone:
+            self.conn.execute(*self.undone[0])
+            self.undone.popleft()
+
+    def close(self, removable: bool) -> None:
+        """Give the file up, and remove it if that is allowed and it is empty."""
+        conn, self.conn = self.conn, None
+        try:
+            empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
+            self.side.close()
+            conn.close()
+            for suffix in ("", "-wal", "-shm") if empty else ():
+                if os.path.lexists(self.path + suffix):
+                    os.unlink(self.path + suffix)
+        finally:
+            _unlock_file(self.path + "-lock", self.fd)
 
 
 class SqliteSpool:
-    """Keep logs in an SQLite file until the server has taken them: a log survives its process.
+    """Keep logs in SQLite files until the server has taken them: a log survives its process.
 
-    When `log()` returns, the log is committed (WAL mode): `kill -9` loses nothing, and the next client on
-    this file sends what is left, under the same log_ids. Several processes may share a file on a local
-    disk; what a dead one left is taken over by the next that opens it or runs out of work. Refused logs
-    (401, 403, 404, 500, 503) wait for a later run; logs dropped for good are kept as dead letters. An
-    application calls dead_letters alone; the other methods are the client's.
+    When `log()` returns, the log is committed (WAL mode): `kill -9` loses nothing, and the next
+    client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
+    as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
-    A power loss may cost the commits of the last moments, since they are synced to the disk only now and
-    then (SQLite's `synchronous=NORMAL`); `synchronous="FULL"` syncs each commit, at milliseconds per log.
+    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
+    so any number of processes may share a path on a local disk, and none waits for another. What a
+    dead process or a closed client left is sent by the next that opens the path or runs out of work.
 
-    When the file cannot be used (disk full, read-only, damaged, made by a newer version), the client warns
-    once, keeps new logs in memory and tries the file again every 30 s; a damaged file is moved aside as
-    PATH.damaged-TIME. The file has mode 0600 and holds no key. Lock files PATH-*.lock tell who is alive.
+    A power loss may cost the commits of the last moments, since they are synced to the disk only
+    now and then (SQLite's `synchronous=NORMAL`); "FULL" syncs each commit, at milliseconds a log.
+
+    When a file cannot be used (disk full, read-only, locked by another program for 0.2 s, not a
+    spool), the client warns, keeps new logs in memory and tries again every 30 s. A damaged spool
+    file is moved aside as PATH.damaged-TIME; anything that is not a spool is left as it is. Files
+    are made with mode 0600 and hold no key. PATH-lock shows that somebody holds PATH.
 
     Args:
-        path: the file; made when it does not exist. A client opens it with its first log, flush or close.
-        max_bytes: size in bytes that the file's pages may take, 0 is no limit. At the limit `log()` raises
-            ChirrOpQueueFullError; nothing is pruned. The WAL beside it adds up to about 4 MiB.
+        path: the first file; made when it does not exist, with the first log, flush or close.
+        max_bytes: size in bytes that the spool's files may take together, 0 is no limit. At the
+            limit `log()` raises ChirrOpQueueFullError; nothing is pruned. The WAL beside each file
+            adds up to about 16 MB.
         synchronous: "NORMAL" or "FULL".
+        required: raise in the constructor of the client if the path cannot be used now.
 
     Raises:
         ChirrOpValidationError: a bad argument.
@@ -1069,6 +1327,7 @@ class SqliteSpool:
         max_bytes: int = 0,
         *,
         synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+        required: bool = False,
     ) -> None:
         try:
             import sqlite3
@@ -1082,447 +1341,373 @@ class SqliteSpool:
         self.path = os.path.abspath(os.fspath(path))
         self.max_bytes = _integer("max_bytes", max_bytes, 0)
         self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
+        self.required = bool(required)
         self.warn: Callable[[str], None] = lambda text: None
-        self._start()
+        self.batches: _Batches = tuple
+        self._reset()
 
-    def _start(self) -> None:
-        # _lock guards everything below but the inbox's own append. Logs that cannot be committed stay in
-        # the inbox, which then serves as the memory queue.
-        self._lock = threading.RLock()
-        self._inbox: deque[bytes] = deque()
-        self._inside = False  # a transaction is open: what re-enters now must wait in the inbox
-        self._generation = (
-            0  # counts the files moved aside: keys of an older one mean nothing in this one
-        )
-        self._conn: Any = None
-        self._holder, self._guard, self._inode = "", -1, -1
-        self._owners: list[
-            list[int]
-        ] = []  # [id of the last row taken, end of the range]: adopted first, own last
-        self._last_id = 0
-        self._stored = 0  # rows of our owners that wait in the file
-        self.lost = 0
-        self._closed = self._warned = False
-        self._retry_at = 0.0
-        self._forker = 0  # the thread that forks and has closed the connection for that moment
-        self._pid = os.getpid()
+    def _reset(self) -> None:
+        self.lock = threading.RLock()  # guards all below, but for what tend() does to a file first
+        self.tending = threading.RLock()  # held by the one thread that tends
+        self._own: _SpoolFile | None = None
+        self._orphans: tuple[_SpoolFile, ...] = ()
+        self._inbox: deque[bytes] = deque()  # logs that no file could take
+        self._puts = 0
+        self._retry_at = 0.0  # when a file that failed is tried again
+        self._adopt_at = 0.0
+        self._others = (0.0, 0)  # until when, and how many bytes other files take
+        self._closed = False
+        self.lost = 0  # logs in damaged files, to be accounted for
 
     def fresh(self) -> SqliteSpool:
-        """Return an unopened spool with the same settings: each client opens the file for itself."""
-        return SqliteSpool(self.path, self.max_bytes, synchronous=self.synchronous)
+        """Return an unopened spool with the same settings: each client has files of its own."""
+        spool = SqliteSpool(
+            self.path,
+            self.max_bytes,
+            synchronous=self.synchronous,
+            required=self.required,
+        )
+        if self.required:
+            try:
+                spool._own = spool._claim()
+            except Exception as exc:
+                if _is_from_handler(exc):
+                    raise
+                raise ChirrOpError(f"spool {self.path} cannot be used: {exc}") from exc
+        return spool
+
+    def exists(self) -> bool:
+        """Tell whether the spool has any file."""
+        return bool(self._paths())
 
     def dead_letters(self, *, remove: bool = False) -> list[dict[str, Any]]:
         """Return the logs dropped for good, oldest first, as {"log": dict, "error": str}.
 
+        All files of the spool are read, also while clients are using them.
+
         Args:
-            remove: delete them from the file as well.
+            remove: delete them as well.
 
         Raises:
-            ChirrOpError: the file cannot be read.
+            ChirrOpError: a file cannot be read, or is not a spool.
         """
-        if not os.path.exists(self.path):
-            return []
-        try:
-            conn = self._sqlite3.connect(self.path, timeout=5.0, isolation_level=None)
+        rows: list[tuple[bytes, str]] = []
+        for path in self._paths():
             try:
-                conn.execute("BEGIN IMMEDIATE" if remove else "BEGIN")
-                rows = conn.execute(
-                    "SELECT body, error FROM logs WHERE state = 2 ORDER BY id"
-                ).fetchall()
-                if remove:
-                    conn.execute("DELETE FROM logs WHERE state = 2")
-                conn.execute("COMMIT")
-            finally:
-                conn.close()
-        except self._sqlite3.Error as exc:
-            raise ChirrOpError(f"spool {self.path} cannot be read: {exc}") from exc
+                rows += self._dead_rows(path, remove)
+            except (OSError, _NoSpool, self._sqlite3.Error) as exc:
+                if _is_from_handler(exc):
+                    raise
+                raise ChirrOpError(f"spool {path} cannot be read: {exc}") from exc
         return [{"log": _decoded(body), "error": error} for body, error in rows]
 
-    # The client's side: the buffer methods.
+    def _dead_rows(self, path: str, remove: bool) -> list[tuple[bytes, str]]:
+        _check_owner(path, os.lstat(path))
+        if not os.path.getsize(path):
+            return []
+        conn = self._connect(path, "rw" if remove else "ro")
+        try:
+            if conn.execute("PRAGMA application_id").fetchall()[0][0] != _SPOOL_ID:
+                raise _NoSpool("it is no spool")
+            if remove:
+                conn.execute("BEGIN IMMEDIATE")
+            rows: list[tuple[bytes, str]] = conn.execute(_SQL_DEAD).fetchall()
+            if remove:
+                conn.execute("DELETE FROM logs WHERE error IS NOT NULL")
+                conn.execute("COMMIT")
+            return rows
+        finally:
+            conn.close()
 
-    def __len__(self) -> int:
-        return self._stored + len(self._inbox)
+    def _paths(self) -> list[str]:
+        """Return the spool's files that exist, the first one first."""
+        folder, base = os.path.split(self.path)
+        found = []
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            number = "1" if name == base else name[len(base) + 1 :]
+            if name.startswith(base) and name in (base, f"{base}.{number}") and number.isdecimal():
+                found.append((int(number), os.path.join(folder, name)))
+        return [path for _, path in sorted(found)]
+
+    def _connect(self, path: str, mode: str) -> Any:
+        from urllib.parse import quote
+
+        return self._sqlite3.connect(
+            f"file:{quote(path)}?mode={mode}",
+            timeout=_SPOOL_WAIT,
+            isolation_level=None,  # a statement alone is a transaction
+            check_same_thread=False,
+            uri=True,
+        )
+
+    # Opening.
+
+    def _claim(self) -> _SpoolFile:
+        """Return the first file that nobody holds and in which nothing waits, made if need be."""
+        for number in range(1, _SPOOL_NAMES + 1):
+            path = self.path if number == 1 else f"{self.path}.{number}"
+            try:
+                file = self._open(path, create=True)
+            except _NoSpool:
+                if number == 1:
+                    raise
+                continue
+            if file is not None and file.is_drained():
+                file.count = 0
+                return file
+            if file is not None:  # what waits there is sent like any dead process's
+                self._orphans += (file,)
+        raise _NoSpool(f"{_SPOOL_NAMES} files of this spool are in use")
+
+    def _open(self, path: str, create: bool) -> _SpoolFile | None:
+        """Return a file that is ours alone from now on; None when somebody else holds it."""
+        _check_neighbours(path)
+        exists = os.path.lexists(path)
+        if exists:
+            found = os.lstat(path)
+            _check_owner(path, found)
+            if (found.st_dev, found.st_ino) in _inherited:
+                return None
+        elif not create:
+            return None
+        fd = _lock_file(path + "-lock")
+        if fd is None:
+            return None
+        conn = side = None
+        try:
+            if not os.path.lexists(path):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            ready = _check_header(path)
+            conn, side = self._connect(path, "rw"), self._connect(path, "rw")
+            for statement in () if ready else _SQL_CREATE:
+                conn.execute(statement)
+            conn.execute("PRAGMA journal_mode = WAL").fetchall()
+            conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
+            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+            file = _SpoolFile(path, fd, conn, side)
+            _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
+        except BaseException as exc:
+            for opened in (conn, side):
+                if opened is not None:
+                    opened.close()
+            if self._is_damage(exc) and not isinstance(exc, _NoSpool):
+                self._set_aside(path)
+            _unlock_file(path + "-lock", fd)
+            raise
+        if os.lstat(path).st_mode & 0o077 and os.name == "posix":
+            self.warn(f"spool {path} can be read by other users: chmod 600 it")
+        return file
+
+    def _usable(self) -> _SpoolFile | None:
+        """Return the file that this client writes to, opened if need be; None while there is none."""
+        if self._own is None and not self._closed and time.monotonic() >= self._retry_at:
+            try:
+                self._own = self._claim()
+            except Exception as exc:
+                self._trouble(None, exc)
+        return self._own
+
+    def _attempt(self, file: _SpoolFile, work: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+        """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
+        try:
+            return (work(*args),) if file.conn is not None else ()
+        except (OSError, ValueError, OverflowError, TypeError, self._sqlite3.Error) as exc:
+            self._trouble(file, exc)
+            return ()
+
+    def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
+        """Say what is wrong with a file, and give up a damaged one; signal handlers' errors pass."""
+        if _is_from_handler(exc) or isinstance(exc, (MemoryError, RecursionError)):
+            raise exc
+        if file is not None and self._is_damage(exc):
+            self.lost += file.known
+            self._give_up(file)
+            self._set_aside(file.path)
+        else:
+            self._retry_at = time.monotonic() + SPOOL_RETRY_SECONDS
+        self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {exc}")
+
+    def _is_damage(self, exc: BaseException) -> bool:
+        """Tell damage from a matter of the disk or of locks."""
+        sqlite3, text = self._sqlite3, str(exc)
+        if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
+            return any(words in text for words in ("no such", "malformed", "UTF-8"))
+        return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
+
+    def _give_up(self, file: _SpoolFile) -> None:
+        if file is self._own:
+            self._own = None
+        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
+        try:
+            file.close(removable=file.path != self.path)
+        except (OSError, AttributeError, self._sqlite3.Error):
+            pass  # it is damaged, or was closed before
+
+    def _set_aside(self, path: str) -> None:
+        stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}"
+        for suffix in ("", "-wal", "-shm"):
+            try:
+                os.replace(path + suffix, f"{self.path}.damaged-{stamp}{suffix}")
+            except OSError:
+                pass  # there is none
+
+    # Logs in, batches out.
 
     def put(self, data: bytes) -> None:
-        """Commit one log before returning; threads that wait for the file share the next commit."""
-        if self.max_bytes and self._transact(self._is_full):
+        """Commit one log before returning; where no file takes it, it waits in memory."""
+        _exclusively(self.lock, self._put, data)
+
+    def _put(self, data: bytes) -> None:
+        file = None if self._inbox else self._usable()
+        if self.max_bytes and file is not None and any(self._attempt(file, self._is_full, file)):
             raise ChirrOpQueueFullError(
                 f"spool is full: {self.path} has reached {self.max_bytes} bytes"
             )
-        self._inbox.append(data)
-        self._commit()
+        if file is None or not self._attempt(file, file.add, data):
+            self._inbox.append(data)
+        self._puts += 1
 
-    def take(self, limit: int) -> tuple[list[Any], list[bytes]]:
-        """Hand out the oldest logs: those in the file, then those it could not take."""
-        rows = self._transact(self._select, limit)
-        if rows:
-            return [(self._generation, key) for key, _ in rows], [body for _, body in rows]
-        with self._lock:
-            if self._may_write():
-                return (
-                    [],
-                    [],
-                )  # what is in the inbox now will be committed by the thread that put it there
-            return [], [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
-
-    def adopt(self) -> None:
-        """Take over what a dead process left; what a closed one left is taken when the file is opened."""
-        with self._lock:
-            self._count_in(self._transact(self._take_over) or [])
-
-    def _count_in(self, taken: list[tuple[list[int], int]]) -> None:
-        self._owners[:0] = [span for span, _ in taken]  # older than what is ours
-        self._stored += sum(count for _, count in taken)
-
-    def remove(self, keys: list[Any]) -> None:
-        """Forget delivered logs."""
-        self._change(keys, "DELETE FROM logs WHERE id = ?")
-
-    def bury(self, keys: list[Any], message: str) -> None:
-        """Keep dropped logs as dead letters."""
-        self._change(keys, "UPDATE logs SET state = 2, error = ? WHERE id = ?", message)
-
-    def park(self, keys: list[Any]) -> bool:
-        """Keep refused logs for a later run."""
-        # Where this write fails, the row is still queued in the file: a later run finds it all the same.
-        return self._change(keys, "UPDATE logs SET state = 1 WHERE id = ?")
-
-    def give_back(self, keys: list[Any]) -> bool:
-        """Let logs that were taken wait again."""
-        ours = self._change(keys, "UPDATE logs SET state = 0 WHERE id = ?")
-        self._stored += len(keys) if ours else 0
-        return ours
-
-    def _change(self, keys: list[Any], sql: str, *values: object) -> bool:
-        """Run a statement for each row; False when the rows are not in this file (any more)."""
-        rows = [(*values, row) for generation, row in keys if generation == self._generation]
-        if rows:
-            self._transact(lambda conn: conn.executemany(sql, rows))
-        return (
-            bool(rows) and keys[0][0] == self._generation
-        )  # unless the file turned out to be damaged
-
-    def close(self) -> None:
-        """Leave what waits to the next client on this file, and close it."""
-        with self._lock:
-            self._commit()
-            self._closed = True  # what comes now stays in the inbox: rows without an owner would never be found
-            if self._conn is not None:
-                self._transact(self._release)
-                self._drop_connection()
+    def level(self) -> int:
+        return self._puts
 
     def is_open(self) -> bool:
-        """Tell whether there is something to close."""
-        return self._conn is not None
+        return bool(self._files())
 
-    def entered(self) -> bool:
-        """Tell whether this thread is inside, and was interrupted by a signal handler or finaliser."""
-        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
-
-    def before_fork(self) -> None:
-        """Close the file for the moment of a fork.
-
-        SQLite keeps its locks per process and file: a child that inherits an open connection, and then makes
-        its own, takes the parent's locks for its own. One of the two then deletes the WAL under the other.
-        """
-        if not self._lock.acquire(timeout=_FORK_SECONDS):
-            return
-        if self._inside or self._conn is None:
-            self._lock.release()
-            return
-        self._forker = threading.get_ident()
-        self._conn.close()
-        self._conn = None
-
-    def after_fork_in_parent(self) -> None:
-        """Open the file again after before_fork."""
-        if self._forker != threading.get_ident():
-            return
-        self._forker = 0
-        try:
-            if os.stat(self.path).st_ino != self._inode:
-                raise OSError("it was replaced")
-            self._conn = self._connect()
-        except Exception as exc:  # the rows are found again by whoever opens the file next
-            self._generation += 1
-            self.lost, self._stored = self.lost + self._stored, 0
-            self._drop_connection()
-            self._degrade(exc)
-        finally:
-            self._lock.release()
-
-    def after_fork(self) -> None:
-        """Forget the parent's lock; its connection was closed before, unless the fork took us unawares."""
-        conn, guard = self._conn, self._guard
-        self._start()
-        if guard >= 0:
-            os.close(guard)  # the parent's own descriptor keeps the lock
-        if conn is not None:
-            _abandoned.append(conn)
-            self._retry_at = math.inf
-            self._warned = True
-            self.warn(
-                f"spool {self.path} was in use when this process was forked, keeping new logs in memory"
-            )
-
-    # Inside: every access to the file goes through _transact, under the lock.
-
-    def _usable(self) -> bool:
-        """Tell whether the file can be used now, opening it if need be."""
-        give_up_at = time.monotonic() + 5.0
-        while self._conn is None and not self._closed and time.monotonic() >= self._retry_at:
-            try:
-                self._open()
-            except Exception as exc:
-                # SQLite waits for locks by itself, except while a fresh file is being switched to WAL.
-                if "locked" in str(exc) and time.monotonic() < give_up_at:
-                    time.sleep(0.01)
-                    continue
-                self._degrade(exc)
-                break
-        return self._conn is not None
-
-    def _may_write(self) -> bool:
-        return self._usable() and time.monotonic() >= self._retry_at
-
-    def _transact(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Return work(connection, *args), done in one transaction; None when the file cannot be used."""
-        with self._lock:
-            if self._inside or not self._usable():
-                return None
-
-            def whole() -> Any:
-                self._conn.execute("BEGIN IMMEDIATE")
-                result = work(self._conn, *args)
-                self._conn.execute("COMMIT")
-                return result
-
-            result = self._attempt(whole)
-            self._commit()  # what a finaliser or signal handler has logged meanwhile
-            return result
-
-    def _commit(self) -> None:
-        """Write the inbox to the file, unless this very thread is inside already and will do so."""
-        with self._lock:
-            while self._inbox and not self._inside and not self._closed and self._may_write():
-                if not self._attempt(self._insert):
-                    return
-
-    def _attempt(self, work: Callable[[], Any]) -> Any:
-        """Return what `work` does with the file; None when it fails, which is then dealt with."""
-        self._inside = True
-        try:
-            return work()
-        except Exception as exc:
-            self._degrade(exc)
-        except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._roll_back()
-            raise
-        finally:
-            self._inside = False
-        return None
-
-    def _insert(self) -> bool:
-        """Write what is in the inbox now, in one transaction."""
-        conn = self._conn
-        rows = []
-        for _ in range(len(self._inbox)):
-            self._last_id += 1
-            rows.append((self._last_id, self._inbox.popleft()))
-        try:
-            if len(rows) == 1:
-                conn.execute(_SQL_INSERT, rows[0])  # a statement alone is a transaction of its own
-            else:
-                conn.execute("BEGIN IMMEDIATE")
-                conn.executemany(_SQL_INSERT, rows)
-                conn.execute("COMMIT")
-            self._stored += len(rows)
-            return True
-        except BaseException:
-            self._inbox.extendleft(body for _, body in reversed(rows))
-            raise
-
-    def _select(self, conn: Any, limit: int) -> list[tuple[int, bytes]]:
-        rows: list[tuple[int, bytes]] = []
-        for owner in self._owners:
-            found = conn.execute(_SQL_TAKE, (*owner, limit - len(rows))).fetchall()
-            if found:
-                owner[0] = max(key for key, _ in found)
-                rows += found
-        keys = [key for key, _ in rows]
-        if not all(type(body) is bytes for _, body in rows):
-            raise self._sqlite3.DatabaseError("a row is not a log")
-        if len(set(keys)) < len(keys):  # out of order: they would be taken again and again
-            raise self._sqlite3.DatabaseError("rows are out of order")
-        self._stored -= len(rows)
-        if len(rows) < limit:
-            self._stored = 0  # whatever else was counted is not there
-        return rows
-
-    def _is_full(self, conn: Any) -> bool:
-        size, pages, free = (
-            conn.execute(f"PRAGMA {name}").fetchall()[0][0]
-            for name in ("page_size", "page_count", "freelist_count")
-        )
+    def _is_full(self, file: _SpoolFile) -> bool:
+        names = ("page_size", "page_count", "freelist_count")
+        size, pages, free = (file.conn.execute(f"PRAGMA {name}").fetchall()[0][0] for name in names)
+        until, others = self._others
+        if time.monotonic() >= until:
+            paths = [path for path in self._paths() if path != file.path]
+            others = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+            self._others = (time.monotonic() + 1.0, others)
         # Four pages of reserve: one log may split pages up to the root.
-        return bool((pages - free + 4) * size > self.max_bytes)
+        return bool((pages - free + 4) * size + others > self.max_bytes)
 
-    def _open(self) -> None:
-        if not os.path.lexists(self.path):
-            try:
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                pass  # another process was faster
-        found = os.stat(self.path)
-        self._inode = found.st_ino
-        if found.st_mode & 0o077 and os.name == "posix":
-            os.chmod(
-                self.path, found.st_mode & 0o700
-            )  # the logs are nobody else's; another user's file is refused
-        conn = self._connect()
-        try:
-            # From here to COMMIT no other process opens, adopts or closes: the lock file and its row appear at once.
-            conn.execute("BEGIN IMMEDIATE")
-            for statement in _SQL_TABLES:
-                conn.execute(statement)
-            self._holder = os.urandom(8).hex()
-            self._guard = _lock_file(f"{self.path}-{self._holder}.lock")
-            taken = self._take_over(conn, opening=True)
-            owner = conn.execute(
-                "INSERT INTO owners (holder) VALUES (?)", (self._holder,)
-            ).lastrowid
-            conn.execute("COMMIT")
-        except BaseException:
-            self._drop_connection()
-            conn.close()
-            raise
-        self._conn = conn
-        self._last_id = owner << _OWNER_BITS
-        self._owners = [[self._last_id, (owner + 1) << _OWNER_BITS]]
-        self._count_in(taken)
-        self._retry_at = 0.0
+    def _files(self) -> list[_SpoolFile]:
+        return [file for file in (*self._orphans, self._own) if file is not None]
 
-    def _connect(self) -> Any:
-        conn = self._sqlite3.connect(
-            self.path, timeout=5.0, isolation_level=None, check_same_thread=False
-        )
-        try:
-            version = conn.execute("PRAGMA user_version").fetchall()[0][0]
-            if version not in (0, _SPOOL_VERSION):
-                raise ValueError(f"it has the unknown schema version {version}")
-            tables = [] if version else conn.execute("SELECT name FROM sqlite_master").fetchall()
-            # Read again: another process may just have made tables and version, in one transaction.
-            if tables and conn.execute("PRAGMA user_version").fetchall()[0][0] == 0:
-                raise ValueError("it is the database of another program")
-            conn.execute("PRAGMA journal_mode = WAL").fetchall()
-            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-        except BaseException:
-            conn.close()
-            raise
-        return conn
+    def size(self) -> int:
+        return len(self._inbox) + self._rows()
 
-    def _take_over(self, conn: Any, opening: bool = False) -> list[tuple[list[int], int]]:
-        """Make ours what dead processes hold; when opening also what closed ones left, parked logs included.
+    def _rows(self) -> int:
+        batches = self.batches()
+        return sum(sum(self._attempt(file, file.size, batches)) for file in self._files())
 
-        Returns the ranges of ids, with the number of logs that wait in each; they count once this is committed.
-        """
-        taken = []
-        others = conn.execute(
-            "SELECT id, holder FROM owners WHERE holder IS NOT ? ORDER BY id", (self._holder,)
-        )
-        for owner, holder in others.fetchall():
-            if not (opening if holder is None else self._is_dead(holder)):
-                continue
-            span = [owner << _OWNER_BITS, (owner + 1) << _OWNER_BITS]
-            if opening:
-                conn.execute(_SQL_UNPARK, span)
-            conn.execute("UPDATE owners SET holder = ? WHERE id = ?", (self._holder, owner))
-            taken.append((span, conn.execute(_SQL_COUNT, span).fetchall()[0][0]))
-        return taken
+    def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
+        for file in self._files():
+            if file.count is not None and not batch.items:
+                self._attempt(file, file.fill, batch, self.batches())
+        if not batch.items:
+            _move(self._inbox, batch, limit)
 
-    def _is_dead(self, holder: str) -> bool:
-        name = f"{self.path}-{os.path.basename(holder)}.lock"
-        try:
-            fd = _lock_file(name)
-        except OSError:
-            return False
-        self._unlock(name, fd)
+    def settle(self, batch: _Batch, error: str | None) -> None:
+        file, ids, number = batch.place
+        if file is None or file.conn is None:
+            return
+        span = (ids[0], ids[-1])
+        statement = (_SQL_DELIVERED, span) if error is None else (_SQL_DROPPED, (error, *span))
+        file.undone.append(statement)
+        file.settled = max(file.settled, (ids[-1], number))
+        self._attempt(file, file.work_off)
+
+    def stays(self, batch: _Batch) -> bool:
+        file = batch.place[0]
+        return file is not None and file.conn is not None
+
+    def leave(self) -> int:
+        """Store what can be stored, and return how many logs the next client on this path finds."""
+        file = self._usable()
+        while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
+            pass
+        self._closed = True
+        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+
+    def close(self) -> None:
+        self._closed = True
+        for file in self._files():
+            self._give_up(file)
+
+    # What takes its time: by one thread at a time, most of it without the lock.
+
+    def tend(self) -> None:
+        """Move logs from memory to the file, take over orphans, and keep the WAL small."""
+        _exclusively(self.tending, self._tend)
+
+    def _tend(self) -> None:
+        file = _exclusively(self.lock, self._usable)
+        if file is None:
+            return
+        while self._inbox and _exclusively(self.lock, self._attempt, file, self._store_inbox, file):
+            pass
+        if time.monotonic() >= self._adopt_at:
+            self._adopt_at = time.monotonic() + _ADOPT_SECONDS
+            self._take_over()
+        for orphan in self._orphans:
+            if orphan.count is None:
+                orphan.count = sum(self._attempt(orphan, self._count, orphan))
+            else:
+                _exclusively(self.lock, self._let_go, orphan)
+        if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
+            self._checkpoint(file)
+
+    def _store_inbox(self, file: _SpoolFile) -> bool:
+        for _ in range(min(MAX_BATCH, len(self._inbox))):
+            file.add(self._inbox[0])
+            self._inbox.popleft()
         return True
 
     @staticmethod
-    def _unlock(name: str, fd: int) -> None:
-        try:
-            os.unlink(
-                name
-            )  # before the lock is given up: nobody else must find the file and lock it
-        except OSError:
-            pass  # Windows cannot; the next client that looks finds nobody alive all the same
-        os.close(fd)
+    def _count(orphan: _SpoolFile) -> int:
+        return int(orphan.side.execute(_SQL_COUNT).fetchall()[0][0])
 
-    def _release(self, conn: Any) -> None:
-        conn.execute("UPDATE owners SET holder = NULL WHERE holder = ?", (self._holder,))
-        conn.execute(_SQL_FORGET)
-
-    def _drop_connection(self) -> None:
-        conn, self._conn = self._conn, None
-        if conn is not None:
+    def _take_over(self) -> None:
+        held = {file.path for file in self._files()}
+        for path in self._paths():
             try:
-                conn.close()
-            except self._sqlite3.Error:
-                pass
-        if self._guard >= 0:
-            self._unlock(f"{self.path}-{self._holder}.lock", self._guard)
-            self._guard = -1
+                file = self._open(path, create=False) if path not in held else None
+            except Exception as exc:
+                if _is_from_handler(exc):
+                    raise
+                continue  # it is no spool, or cannot be used now
+            if file is not None:
+                _exclusively(self.lock, self._keep, file)
 
-    def _roll_back(self) -> None:
-        if self._conn is not None and self._conn.in_transaction:
-            try:
-                self._conn.execute("ROLLBACK")
-            except self._sqlite3.Error:
-                pass
+    def _keep(self, orphan: _SpoolFile) -> None:
+        self._orphans += (orphan,)
 
-    def _degrade(self, exc: Exception) -> None:
-        """Say once what is wrong, leave the logs in memory, and move a damaged file aside."""
-        sqlite3 = self._sqlite3
-        text = str(exc)
-        self._roll_back()
-        # Some damage is reported as an OperationalError, which is else a matter of the disk or of locks.
-        damaged = (
-            type(exc) in (sqlite3.DatabaseError, sqlite3.IntegrityError, OverflowError, TypeError)
-            or isinstance(exc, UnicodeError)
-            or (
-                isinstance(exc, sqlite3.OperationalError)
-                and any(w in text for w in ("no such", "malformed", "UTF-8"))
-            )
-        )
-        if damaged:
-            self._set_aside()
-        self._retry_at = (
-            0.0 if damaged and not self._warned else time.monotonic() + SPOOL_RETRY_SECONDS
-        )
-        if not self._warned:
-            self._warned = True
-            self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {text}")
+    def _let_go(self, orphan: _SpoolFile) -> None:
+        """Give up an orphan whose logs have all been settled."""
+        batches = self.batches()
+        if any(batch.place[0] is orphan for batch in batches) or orphan.undone:
+            return
+        if self._attempt(orphan, orphan.size, batches) == (0,):
+            self._give_up(orphan)
 
-    def _set_aside(self) -> None:
-        self._drop_connection()
-        self._generation += 1
-        self.lost += self._stored
-        self._stored = 0
+    def _checkpoint(self, file: _SpoolFile) -> None:
+        """Copy the WAL into the file, and begin it anew: most of it while others go on writing."""
         try:
-            if self._inode in (
-                -1,
-                os.stat(self.path).st_ino,
-            ):  # else another process has done it already
-                stamp = time.strftime("%Y%m%dT%H%M%S")
-                for suffix in ("", "-wal", "-shm"):
-                    if os.path.isfile(self.path + suffix):
-                        os.replace(
-                            self.path + suffix,
-                            f"{self.path}.damaged-{stamp}-{os.urandom(2).hex()}{suffix}",
-                        )
-        except OSError:
-            pass
+            file.side.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except self._sqlite3.Error:
+            pass  # the next step will say so
+        _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
+
+    def _finish_checkpoint(self, file: _SpoolFile) -> None:
+        file.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        # The first commit of a new WAL syncs the disk: better this one than that of a log.
+        file.conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")
+        file.changes = file.conn.total_changes
+
+    def after_fork(self) -> None:
+        """Leave the files to the parent; this process will make one of its own."""
+        for file in self._files():
+            try:
+                found = os.stat(file.path)
+                _inherited[found.st_dev, found.st_ino] = (file.conn, file.side)
+            except OSError:
+                _inherited[-1, file.fd] = (file.conn, file.side)
+            os.close(file.fd)  # the parent's own descriptor keeps the lock
+        self._reset()
 
 
 def _decoded(body: bytes) -> dict[str, Any]:
@@ -1537,23 +1722,50 @@ def _decoded(body: bytes) -> dict[str, Any]:
 # ---- Retry policy ---------------------------------------------------------
 # Pure functions of an answer: what to do next, and how long to wait before it.
 
-_DELIVERED, _RETRY, _SPLIT, _REFUSED = "delivered", "retry", "split", "refused"
+_DELIVERED, _RETRY, _HOLD, _REFUSED = "delivered", "retry", "hold", "refused"
+_SPLIT, _HALVE = "split", "halve"
+
+# What an answer means, by its status, else by its hundreds; "0xx" is no answer at all. What neither
+# table lists is final.
+_INGEST: dict[object, str] = {
+    "0xx": _RETRY,
+    "1xx": _RETRY,
+    "2xx": _DELIVERED,
+    "5xx": _RETRY,
+    400: _SPLIT,  # some logs of the batch are bad
+    408: _RETRY,
+    413: _HALVE,  # the batch is too large
+    422: _SPLIT,
+    429: _RETRY,
+    500: _HOLD,  # counts as if all retries had failed
+    503: _HOLD,
+}
+_CONTROL: dict[object, str] = {
+    "0xx": _RETRY,
+    "1xx": _RETRY,
+    "2xx": _DELIVERED,
+    "5xx": _RETRY,
+    408: _RETRY,
+    429: _RETRY,
+    500: _REFUSED,
+    503: _REFUSED,
+}
+
+
+def _verdict(table: dict[object, str], status: int) -> str:
+    """Return what an answer means to a batch or to a call of the control plane."""
+    return table.get(status) or table.get(f"{status // 100}xx", _REFUSED)
+
+
+# Whoever sends in the caller's thread: what answers mean, how many further attempts there are, the
+# seconds for each, and the longest Retry-After, in seconds, that is waited for.
+_Policy = namedtuple("_Policy", "verdicts retries timeout longest")
 
 
 def _error_class(status: int) -> type[ChirrOpError]:
-    """Return the class of the error that stands for an answer other than 2xx; status 0 is a network failure."""
+    """Return the class of the error that stands for an answer other than 2xx; 0 is no answer."""
     other = ChirrOpServerError if status >= 500 or status < 200 else ChirrOpNonRetryableError
     return _ERROR_BY_STATUS.get(status, other)
-
-
-def _verdict(status: int) -> str:
-    """Return what an answer to a batch means; a _SPLIT batch of one log is rejected for good."""
-    if 200 <= status < 300:
-        return _DELIVERED
-    kind = _error_class(status)
-    if kind is ChirrOpBadRequestError:
-        return _SPLIT
-    return _REFUSED if issubclass(kind, ChirrOpNonRetryableError) else _RETRY
 
 
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
@@ -1617,34 +1829,79 @@ class _Answer:
     def error(self) -> ChirrOpError:
         """Return the exception that stands for an answer other than 2xx."""
         if self.status == 0:
-            cause = self.cause
-            detail = str(cause) or type(cause).__name__
-            failure = ChirrOpTransportError(f"no answer: {detail}")
-            failure.__cause__ = cause
+            failure = ChirrOpTransportError(f"no answer: {self._no_answer()}")
+            failure.__cause__ = self.cause
             return failure
-        text = self.body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip()
-        body: Any = text or None
+        content = self.body[:MAX_ERROR_BYTES]
+        text = content.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+        parsed: Any = None
         try:
-            body = json.loads(self.body) if self.body else None
+            parsed = json.loads(text)
         except (ValueError, RecursionError):
             pass
-        message = body.get("error") or body.get("message") if isinstance(body, dict) else None
-        if 300 <= self.status < 400:
-            message = "redirects are not followed; check the endpoint"
-        if not isinstance(message, str):
-            import http.client
+        texts, code = _spoken(parsed)
+        kept = parsed if len(content) <= MAX_KEPT_BYTES else None
+        return _error_class(self.status)(
+            f"HTTP {self.status}: {_one_line(self._telling(texts or [text[:200]]))}",
+            status_code=self.status,
+            code=code,
+            body=kept if kept is not None else text[:MAX_KEPT_BYTES] or None,
+            retry_after=self.retry_after(),
+        )
 
-            message = text[:200] or http.client.responses.get(self.status, "no message").lower()
-        # It goes into logs, terminals and the spool: no line breaks, no escape sequences, not a book.
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])
-        kind, text = _error_class(self.status), f"HTTP {self.status}: {message}"
-        return kind(text, status_code=self.status, body=body, retry_after=self.retry_after())
+    def _no_answer(self) -> str:
+        detail = _one_line(str(self.cause) or type(self.cause).__name__)
+        refused = "Tunnel connection failed: 407" in detail
+        return f"{detail}; {_proxy_advice('https')}" if refused else detail
+
+    def _telling(self, texts: list[str]) -> str:
+        """Return the first text that says more than the status does; markup is not for people."""
+        import http.client
+
+        fields = {name.lower(): value for name, value in self.headers.items()}
+        if 300 <= self.status < 400:
+            place = fields.get("location", "").partition("?")[0]
+            there = f", this one leads to {place}" if place else ""
+            return f"redirects are not followed{there}; check the endpoint"
+        if self.status == 407:
+            return _proxy_advice("http")
+        phrase = http.client.responses.get(self.status, "no message").lower()
+        for text in texts:
+            if text and text.lower() != phrase and not text.startswith("<"):
+                return text
+        return f"{phrase} (from {fields['server']})" if "server" in fields else phrase
+
+
+def _spoken(parsed: Any) -> tuple[list[str], str | None]:
+    """Return the texts of an error's JSON, the more telling first, and the service's code."""
+    outer = parsed if isinstance(parsed, dict) else {}
+    error = outer.get("error")
+    inner = error if isinstance(error, dict) else {}
+    code = inner.get("code") or outer.get("code")
+    texts = [inner.get("message"), outer.get("message"), error, code]
+    return (
+        [text.strip() for text in texts if isinstance(text, str) and text.strip()],
+        _one_line(code) if isinstance(code, str) else None,
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return text fit for logs, terminals and the spool: short, without control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:500])
+
+
+def _proxy_advice(scheme: str) -> str:
+    """Return what to do about a 407, and in which variable: where urllib found the proxy."""
+    names = [name for name in os.environ if name.lower() == f"{scheme}_proxy"]
+    source = max(names, default="the system's settings")  # the one in lower case wins
+    return f"the proxy wants a password: give it as http://user:password@host:port in {source}"
 
 
 # ---- Outbox ---------------------------------------------------------------
-# In: encoded logs, and the answers to batches. Out: the next batch, and what was dropped. All decisions on
-# delivery and the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an
-# argument, so a test can turn the clock by hand.
+# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery and
+# the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an argument,
+# so a test can turn the clock by hand. What follows an answer is a pure function of _State, which is
+# replaced as a whole, under the lock.
 
 
 if TYPE_CHECKING:
@@ -1655,31 +1912,71 @@ if TYPE_CHECKING:
         dropped: dict[str, int]
         queued: int
         in_flight: int
-        parked: int
         retries: int
         last_error: Optional[ChirrOpError]
 
+    class _Drop(NamedTuple):
+        items: list[bytes]
+        error: ChirrOpError
+
+    class _State(NamedTuple):
+        batches: tuple[_Batch, ...] = ()
+        settled: int = 0
+        delivered: int = 0
+        dropped: dict[str, int] = {}
+        untold: tuple[_Drop, ...] = ()
+        unsaid: dict[str, tuple[int, str]] = {}
+        retries: int = 0
+        failures: int = 0
+        resume_at: float = 0.0
+        width: int = 1
+        last_error: Optional[ChirrOpError] = None
+        stopped: bool = False
+        clean: bool = False
+        left: int = 0
+
 else:
     _Account = namedtuple(
-        "_Account", "accepted delivered dropped queued in_flight parked retries last_error"
+        "_Account", "accepted delivered dropped queued in_flight retries last_error"
+    )
+    _Drop = namedtuple("_Drop", "items error")
+    _State = namedtuple(
+        "_State",
+        (
+            "batches",  # filled and not settled, in the order in which they are to be sent
+            "settled",  # logs that have left the buffer and were delivered or dropped
+            "delivered",
+            "dropped",  # reason -> logs
+            "untold",  # drops that on_drop has not heard of
+            "unsaid",  # reason -> (logs, first message) that no log record has told of
+            "retries",
+            "failures",  # in a row, over all batches; concurrent ones count once
+            "resume_at",  # end of the backoff
+            "width",  # requests that may be in flight at once
+            "last_error",
+            "stopped",  # sends no more
+            "clean",  # all was delivered when it stopped
+            "left",  # logs that stayed in the spool when it stopped
+        ),
+        defaults=((), 0, 0, {}, (), {}, 0, 0, 0.0, 1, None, False, False, 0),
     )
 
 
 class Stats(_Account):
     """The account of one client at one moment; counts are logs.
 
-    Always accepted == delivered + sum(dropped.values()) + queued + in_flight + parked.
+    Always accepted == delivered + sum(dropped.values()) + queued + in_flight.
 
     Attributes:
         accepted: taken by log() or delivered by send_logs(), and left-overs taken from a spool.
         delivered: the server has them.
-        dropped: reason to count: "rejected" (400, 413, 422, alone), "undecided" (in a batch so bad that
-            the search for the bad ones was given up), "refused" (401, 403, 404, 500, 503, 3xx),
-            "exhausted", "closed" (not sent before close or exit, or logged after), "damaged" (in a spool
-            file that was moved aside).
+        dropped: reason to count: "rejected" (400, 413, 422, alone), "undecided" (in a batch so bad
+            that the search for the bad ones was given up), "refused" (401, 403, 404, 3xx and other
+            final answers), "exhausted" (with on_exhausted="drop"), "closed" (not sent before close
+            or exit, or logged after), "damaged" (in a spool file that was moved aside), "invalid"
+            and "full" (try_log).
         queued: waiting, for their turn or for another attempt.
         in_flight: in a request that is under way.
-        parked: refused, kept by the spool for a later run.
         retries: attempts that had to be repeated.
         last_error: the newest failure, or None.
     """
@@ -1687,37 +1984,414 @@ class Stats(_Account):
     __slots__ = ()
 
 
-class _Batch:
-    """Logs that share their requests: the same bytes on every attempt."""
+def _dropped(
+    state: _State, reason: str, count: int, items: list[bytes] | None, error: ChirrOpError
+) -> _State:
+    """Return the state after a drop: counted, and to be reported; items: what on_drop is to get."""
+    said, text = state.unsaid.get(reason, (0, str(error)))
+    told = () if items is None else (_Drop(items, error),)
+    return state._replace(
+        dropped={**state.dropped, reason: state.dropped.get(reason, 0) + count},
+        untold=(state.untold + told)[:MAX_UNTOLD],
+        unsaid={**state.unsaid, reason: (said + count, text)},
+        last_error=error,
+    )
 
-    __slots__ = ("first", "keys", "items", "attempts", "not_before", "era", "spent")
 
-    def __init__(
-        self, first: int, keys: list[Any], items: list[bytes], spent: list[int] | None = None
+class _Flush:
+    """A caller that waits for every log before `mark`."""
+
+    def __init__(self, mark: int, retries: int) -> None:
+        self.mark, self.retries = mark, retries  # retries: how many there had been when it began
+        self.clean = True
+
+
+class _Outbox:
+    """What waits and what is on its way; see the head of this section."""
+
+    def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
+        self.buffer, self._config, self._rand = buffer, config, rand
+        buffer.batches = lambda: self.state.batches
+        self._start()
+
+    def _start(self) -> None:
+        self.state = _State()
+        self.closed = (
+            False  # takes no more logs; not part of the state, so that any code may set it
+        )
+        self.flushes: list[_Flush] = []
+        self._since: float | None = None  # when the oldest waiting log was first seen
+
+    def after_fork(self) -> None:
+        """Start empty in a child process: the logs, locks and waiting callers are the parent's."""
+        self.buffer.after_fork()
+        self._start()
+
+    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
+        return _exclusively(self.buffer.lock, work, *args)
+
+    # Logs in. Without a bound, put() is the buffer's own.
+
+    def offer(self, data: bytes) -> bool:
+        """Accept one log, unless the queue is bounded and full."""
+        return bool(self._locked(self._offer, data))
+
+    def _offer(self, data: bytes) -> bool:
+        if self._is_full():
+            return False
+        self.buffer.put(data)
+        return True
+
+    def is_full(self) -> bool:
+        return bool(self._locked(self._is_full))
+
+    def _is_full(self) -> bool:
+        return 0 < self._config.queue_size <= self._held()
+
+    def held(self) -> int:
+        """Return the number of logs that may still be delivered by this client."""
+        return int(self._locked(self._held))
+
+    def _held(self) -> int:
+        return int(self.buffer.size()) + sum(len(batch.items) for batch in self.state.batches)
+
+    def count_delivered(self, count: int) -> None:
+        """Account for logs that send_logs has delivered."""
+        self._locked(lambda: self._set(delivered=self.state.delivered + count))
+
+    def refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
+        """Account for a log that is dropped before it is queued."""
+        self._locked(self._refuse, reason, items, error)
+
+    def _refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
+        self.state = _dropped(self.state, reason, 1, self._for_on_drop(items), error)
+
+    def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
+        """Return the logs that on_drop is to get; None for those that it has logged itself."""
+        if self._config.on_drop is None or _is_inside(_Reporter.tell.__code__):
+            return None
+        return items
+
+    def _set(self, **changes: Any) -> None:
+        self.state = self.state._replace(**changes)
+
+    # Batches out.
+
+    def due_in(self, now: float) -> float | None:
+        """Return seconds until take() will have a batch; None: not before something happens."""
+        due: float | None = self._locked(self._due_in, now)
+        return due
+
+    def _due_in(self, now: float) -> float | None:
+        state = self.state
+        flying = sum(1 for batch in state.batches if batch.holder)
+        if state.stopped or flying >= state.width:
+            return None
+        waiting = [batch for batch in state.batches if batch.items and not batch.holder]
+        moments = [batch.not_before for batch in waiting]
+        size = self.buffer.size()
+        if size and len(waiting) < MAX_WAITING:
+            moments.append(self._departure(size, now))
+        return max(0.0, max(min(moments), state.resume_at) - now) if moments else None
+
+    def _departure(self, size: int, now: float) -> float:
+        """Return when the logs that wait in the buffer are to be sent."""
+        if self._since is None:
+            self._since = now
+        full = size >= self._config.batch_size or self._is_full()
+        wanted = self.closed or any(flush.mark > self._left() for flush in self.flushes)
+        return now if full or wanted else self._since + self._config.flush_delay
+
+    def wake_level(self, now: float) -> float:
+        """Return the level of the buffer from which on put() should wake a sender that waits."""
+        level: float = self._locked(self._wake_level, now)
+        return level
+
+    def _wake_level(self, now: float) -> float:
+        size, state = self.buffer.size(), self.state
+        flying = sum(1 for batch in state.batches if batch.holder)
+        more = self._config.batch_size - size if size else 1
+        if state.stopped or flying >= state.width or now < state.resume_at:
+            more = _TEND_ROWS  # nothing could be sent; but the buffer may need tending
+        return float(self.buffer.level() + max(1, more))
+
+    def _left(self) -> int:
+        """Return how many logs have left the buffer."""
+        return self.state.settled + sum(len(batch.items) for batch in self.state.batches)
+
+    def take(self, now: float, holder: int) -> _Batch | None:
+        """Return a batch whose time has come, held by the thread `holder` from now on; never waits.
+
+        Whoever asks for a batch holds none: what it did hold, an exception has made it give up.
+        """
+        batch: _Batch | None = self._locked(self._take, now, holder)
+        return batch
+
+    def _take(self, now: float, holder: int) -> _Batch | None:
+        self._release(holder)
+        if self._due_in(now) != 0.0:
+            return None
+        waiting = (b for b in self.state.batches if not b.holder and b.not_before <= now)
+        batch = next((b for b in waiting if b.items), None) or self._fill(now)
+        if batch is not None:
+            batch.era = self.state.failures
+            batch.holder = holder
+        return batch
+
+    def _fill(self, now: float) -> _Batch | None:
+        """Return a batch of the buffer's oldest logs, which was ours before it got them."""
+        others = tuple(batch for batch in self.state.batches if batch.items)
+        self._set(batches=others)
+        batch = _Batch(self._left())
+        self._set(batches=(*others, batch))
+        self.buffer.fill(batch)
+        self._count_lost()
+        self._since = now if self.buffer.size() else None
+        if not batch.items:
+            self._set(batches=others)
+            if self._since is not None:  # in a file that cannot be read now
+                self._set(resume_at=max(self.state.resume_at, now + 1.0))
+            return None
+        return batch
+
+    def release(self, holder: int) -> None:
+        """Let the batch of a thread that sends no more wait for another attempt."""
+        self._locked(self._release, holder)
+
+    def _release(self, holder: int) -> None:
+        for batch in self.state.batches:
+            if batch.holder == holder:
+                batch.holder = 0
+
+    # Answers in.
+
+    def settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> None:
+        """Account for the answer to a batch; the error is None if it was delivered."""
+        self._locked(self._settle, batch, verdict, error, now)
+
+    def _settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> None:
+        if not any(batch is other for other in self.state.batches):
+            return  # close() has given it up meanwhile
+        if verdict == _REFUSED and self._config.on_exhausted == "keep" and self.buffer.stays(batch):
+            verdict = _HOLD  # a key can be renewed, and a quota ends with its month
+        state = self._without(batch)
+        # Disk before account: a crash between them repeats a log under its log_id, but loses none.
+        if error is None:
+            self.buffer.settle(batch, None)
+            self.state = self._delivered(state, batch)
+        elif verdict in (_RETRY, _HOLD):
+            self._fail(state, batch, verdict, error, now)
+        elif verdict == _REFUSED:
+            self._drop(state, batch, "refused", error)
+        else:
+            self._split(state, batch, verdict, error)
+        self._count_lost()
+
+    def _without(self, batch: _Batch) -> _State:
+        others = tuple(other for other in self.state.batches if other is not batch)
+        return self.state._replace(batches=others)
+
+    def _delivered(self, state: _State, batch: _Batch) -> _State:
+        backlog = self.buffer.size() >= MAX_BATCH
+        width = min(state.width + 1, self._config.max_senders) if backlog else state.width
+        count = len(batch.items)
+        return state._replace(
+            settled=state.settled + count,
+            delivered=state.delivered + count,
+            failures=0,
+            width=width,
+        )
+
+    def _fail(
+        self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError, now: float
     ) -> None:
-        self.first = first  # the place of items[0] in the order in which logs left the buffer
-        self.keys, self.items = keys, items
-        self.attempts, self.not_before, self.era = 0, 0.0, 0
-        self.spent = spent or [1]  # requests granted to the original batch, shared by its parts
+        """Let a batch wait for another attempt, or drop it when it has had them all."""
+        failures = state.failures + (batch.era == state.failures)
+        pause = _backoff(failures, error.retry_after, self._rand)
+        state = state._replace(
+            failures=failures,
+            resume_at=max(state.resume_at, now + pause),
+            width=1,
+            last_error=error,
+        )
+        attempts = batch.attempts + 1
+        exhausted = verdict == _HOLD or attempts > self._config.retries
+        if exhausted and self._config.on_exhausted == "drop":
+            return self._drop(state, batch, "exhausted", error)
+        # Others may be sent while an exhausted batch waits: the fault may be its own.
+        again = batch.later(attempts, now + BACKOFF_CAP if exhausted else 0.0, exhausted)
+        self.state = state._replace(batches=(again, *state.batches), retries=state.retries + 1)
 
-    def halves(self) -> list[_Batch]:
-        middle = (len(self.items) + 1) // 2
-        return [
-            _Batch(self.first, self.keys[:middle], self.items[:middle], self.spent),
-            _Batch(self.first + middle, self.keys[middle:], self.items[middle:], self.spent),
-        ]
+    def _split(self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError) -> None:
+        """Halve a rejected batch until the offending logs stand alone."""
+        state = state._replace(failures=0, last_error=error)
+        count = len(batch.items)
+        if count == 1:
+            return self._drop(state, batch, "rejected", error)
+        if verdict == _SPLIT:
+            if batch.spent[0] + 2 > MAX_SPLIT_REQUESTS:
+                return self._drop(state, batch, "undecided", error)
+            batch.spent[0] += 2
+        middle = (count + 1) // 2
+        halves = batch.part(0, middle), batch.part(middle, count)
+        self.state = state._replace(batches=state.batches + halves)  # larger parts come first
+
+    def _drop(self, state: _State, batch: _Batch, reason: str, error: ChirrOpError) -> None:
+        self.buffer.settle(batch, str(error))
+        for flush in self.flushes:
+            if batch.first < flush.mark:
+                flush.clean = False
+        state = state._replace(settled=state.settled + len(batch.items))
+        items = self._for_on_drop(batch.items)
+        self.state = _dropped(state, reason, len(batch.items), items, error)
+
+    def _count_lost(self) -> None:
+        """Account for logs that a damaged spool file took along; nobody can read them any more."""
+        lost = self.buffer.lost
+        if lost:
+            self.buffer.lost = 0
+            for flush in self.flushes:
+                flush.clean = False
+            state = self.state._replace(settled=self.state.settled + lost)
+            error = ChirrOpError("they are in a damaged spool file")
+            self.state = _dropped(state, "damaged", lost, self._for_on_drop([]), error)
+
+    # Flush and close.
+
+    def begin_flush(self, now: float) -> _Flush:
+        """Return a flush of what is held now; a backoff in progress ends."""
+        flush: _Flush = self._locked(self._begin_flush, now)
+        return flush
+
+    def _begin_flush(self, now: float) -> _Flush:
+        state = self.state
+        flush = _Flush(self._left() + self.buffer.size(), state.retries)
+        for batch in state.batches:
+            batch.not_before = 0.0
+            batch.exhausted = False
+        self._set(resume_at=min(state.resume_at, now))
+        self.flushes.append(flush)
+        return flush
+
+    def end_flush(self, flush: _Flush) -> None:
+        """Forget a flush whose caller has stopped waiting."""
+        if flush in self.flushes:
+            self.flushes.remove(flush)
+
+    def outcome(self, flush: _Flush) -> bool | None:
+        """Return what a flush has come to: True if all was delivered; None while it goes on."""
+        result: bool | None = self._locked(self._outcome, flush)
+        return result
+
+    def _outcome(self, flush: _Flush) -> bool | None:
+        state = self.state
+        if state.stopped:
+            return False
+        unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
+        if self._left() >= flush.mark and all(batch.exhausted for batch in unsettled):
+            return flush.clean and not unsettled
+        # A full cycle of retries that has failed for one batch stands for all.
+        failed = state.retries > flush.retries and state.failures > self._config.retries
+        return False if failed else None
+
+    def stop(self, clean: bool) -> None:
+        """End all sending: what is still held stays in the spool, or is dropped.
+
+        A request still in flight no longer counts, whatever becomes of it.
+        """
+        self._locked(self._stop, clean)
+
+    def _stop(self, clean: bool) -> None:
+        state = self.state
+        if not state.stopped:
+            held, left = self._held(), self.buffer.leave()
+            self._set(
+                batches=tuple(batch for batch in state.batches if not self.buffer.stays(batch)),
+                stopped=True,
+                clean=clean and not held,
+                left=left,
+            )
+        self.buffer.close()
+        self._sweep("not sent before close")
+
+    def sweep(self) -> None:
+        """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
+        if not self.buffer.lock._is_owned():
+            self._locked(self._sweep, "logged after close")
+
+    def _sweep(self, why: str) -> None:
+        last = _Batch(self._left())
+        self._set(batches=(*self.state.batches, last))
+        self.buffer.fill(last, sys.maxsize)
+        for batch in self.state.batches:
+            if batch.items:
+                self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
+        self._set(batches=())
+        self._count_lost()
+
+    # The account.
+
+    def stats(self) -> Stats:
+        stats: Stats = self._locked(self._stats)
+        return stats
+
+    def _stats(self) -> Stats:
+        state = self.state
+        flying = sum(len(batch.items) for batch in state.batches if batch.holder)
+        queued = state.left + self._held() - flying  # what stays in the spool is no longer held
+        return Stats(
+            accepted=state.delivered + sum(state.dropped.values()) + queued + flying,
+            delivered=state.delivered,
+            dropped=dict(state.dropped),
+            queued=queued,
+            in_flight=flying,
+            retries=state.retries,
+            last_error=state.last_error,
+        )
+
+    def told(self, drop: _Drop) -> None:
+        """on_drop has heard of a drop."""
+        self._locked(self._told, drop)
+
+    def _told(self, drop: _Drop) -> None:
+        self._set(untold=tuple(other for other in self.state.untold if other is not drop))
+
+    def said(self, reason: str, count: int) -> None:
+        """A log record has told of so many drops."""
+        self._locked(self._said, reason, count)
+
+    def _said(self, reason: str, count: int) -> None:
+        unsaid = dict(self.state.unsaid)
+        total, text = unsaid.pop(reason)
+        if total > count:
+            unsaid[reason] = (total - count, text)
+        self._set(unsaid=unsaid)
+
+
+# ---- Reporter and sender --------------------------------------------------
+# In: batches from the outbox. Out: one request per batch, and word of what was dropped.
+#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it; holds
+#                              no lock while a request is under way; runs no code of the application
+#                              but its transport, and imports nothing
+#   thread "chirrop-reporter"  now and then: runs on_drop, and the handlers of the logging module
+#   a caller of flush, close   waits; where no thread can be had it does the senders' work itself
+# Whether a thread is inside one of these is read from its stack: a flag could outlive an interrupted
+# call.
+
+_WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
 
 
 class _Bell:
     """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
 
-    A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever before
-    Python 3.13 when its time is over before it has begun to wait.
+    A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever
+    before Python 3.13 when its time is over before it has begun to wait.
     """
 
     def __init__(self) -> None:
         self._silent = threading.Lock()
         self._silent.acquire()
+        self.is_silent = self._silent.locked  # nobody has rung it since it was heard
 
     def ring(self) -> None:
         try:
@@ -1725,467 +2399,144 @@ class _Bell:
         except RuntimeError:  # it has been rung already
             pass
 
-    def wait(self, timeout: float | None) -> bool:
-        return self._silent.acquire(timeout=-1 if timeout is None else timeout)
+    def wait(self, timeout: float) -> bool:
+        """Return True when it is rung, False after `timeout` seconds, which may be infinite."""
+        return self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
-class _Flush:
-    """A caller that waits for every log before `mark`."""
-
-    def __init__(self, mark: int) -> None:
-        self.mark, self.clean, self.done = mark, True, False
-        self.bell = _Bell()
-
-    def end(self, clean: bool) -> None:
-        self.clean, self.done = clean, True
-        self.bell.ring()
-
-
-_Drop = namedtuple(
-    "_Drop", "reason count items error"
-)  # items: none where nobody can read them any more
-
-_NOTHING: tuple[_Drop, ...] = ()
-
-
-class _Outbox:
-    def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
-        self.buffer, self._config, self._rand = buffer, config, rand
-        self._bounded = config.queue_size > 0
-        self.on_ready: Callable[[], None] = lambda: (
-            None
-        )  # called once when enough logs wait for a sender
-        self.patience: Callable[[], float] = lambda: (
-            0.0
-        )  # seconds that this thread may wait for room
-        self._reset()
-
-    def _reset(self) -> None:
-        # _lock guards everything below. It is re-entrant, no foreign code runs under it, and put() takes it
-        # only for a bounded queue.
-        self._lock, self._depth = threading.RLock(), 0
-        self._front: list[_Batch] = []  # to be sent before anything new: retries and halves
-        self._flying: dict[_Batch, None] = {}
-        self._flushes: list[_Flush] = []
-        self._hurry_to = 0  # logs before this place do not wait for flush_delay
-        self._since: float | None = None  # when the oldest waiting log was first seen
-        self._resume_at = 0.0  # end of the backoff
-        self._failures = 0  # failures in a row, over all batches; concurrent ones count once
-        self.width = 1  # requests that may be in flight at once
-        self._taken = 0  # logs that have left the buffer
-        self._direct = self._delivered = self._parked = self._retries = 0
-        self._dropped: dict[str, int] = {}
-        self._losses: list[
-            _Drop
-        ] = []  # accounted for, to be reported with the next answer, flush or close
-        self.last_error: ChirrOpError | None = None
-        self._room = _Bell()  # rung and replaced when there may be room
-        self.closed = self.stopped = (
-            False  # closed: takes no more logs; stopped: sends no more either
-        )
-        # A put() that finds this many logs waiting calls on_ready. The sender sets it before it looks
-        # once more and waits, so that between the two no log goes unseen.
-        self.wake_at: float = 1
-
-    def after_fork(self) -> None:
-        """Start empty in a child process: the logs, locks and waiting callers are the parent's."""
-        self.buffer.after_fork()
-        self._reset()
-
-    # Logs in.
-
-    def put(self, data: bytes) -> Sequence[_Drop]:
-        """Accept one log; where the queue is bounded and full, wait for as long as `patience` says."""
-        if self.closed:
-            return self._refuse_late(data)
-        buffer = self.buffer
-        if self._bounded:
-            self._put_bounded(data)
-        else:
-            buffer.put(data)
-        if len(buffer) >= self.wake_at:
-            self.wake_at = math.inf
-            self.on_ready()
-        # Stopped since the check above: the last sweep may have missed this log.
-        return self._sweep() if self.stopped else _NOTHING
-
-    def _put_bounded(self, data: bytes) -> None:
-        deadline = time.monotonic() + self.patience()
-        while True:
-            room = self._try_put(data)
-            if room is None:
-                return
-            if not room.wait(max(0.0, deadline - time.monotonic())):
-                raise ChirrOpQueueFullError(
-                    f"queue is full: {self._config.queue_size} logs are waiting to be sent"
-                )
-            room.ring()  # for the next caller that waits
-
-    @_locked
-    def _try_put(self, data: bytes) -> _Bell | None:
-        """Accept one log if there is room; else return the bell that rings when there may be some."""
-        held = self.held()
-        if held < self._config.queue_size:
-            self.buffer.put(data)
-            return None
-        if self._depth > 1:  # this very thread is inside: no one could make room while it waits
-            raise ChirrOpQueueFullError(f"queue is full: {held} logs are waiting to be sent")
-        return self._room
-
-    @_locked
-    def _refuse_late(self, data: bytes) -> list[_Drop]:
-        self._direct += 1
-        return self._lose("closed", 1, [data], ChirrOpError("logged after close"))
-
-    @_locked
-    def count_direct(self, count: int) -> None:
-        """Account for logs that send_logs has delivered."""
-        self._direct += count
-        self._delivered += count
-
-    # Batches out.
-
-    @_locked
-    def arm(self, now: float) -> float | None:
-        """Return seconds until take() will have a batch, None for not before something happens.
-
-        Also sets when put() calls on_ready, for a sender that goes to wait now.
-        """
-        if self.stopped or len(self._flying) >= self.width or now < self._resume_at:
-            self.wake_at = math.inf
-        else:
-            self.wake_at = self._config.batch_size if len(self.buffer) else 1
-        return self._due_in(now)
-
-    def _due_in(self, now: float) -> float | None:
-        if self.stopped or len(self._flying) >= self.width:
-            return None
-        moments = [batch.not_before for batch in self._front]
-        queued = len(self.buffer)
-        if queued:
-            if self._since is None:
-                self._since = now
-            hurry = queued >= self._config.batch_size or self._taken < self._hurry_to
-            moments.append(now if hurry else self._since + self._config.flush_delay)
-        return max(0.0, max(min(moments), self._resume_at) - now) if moments else None
-
-    @_locked
-    def take(self, now: float) -> _Batch | None:
-        """Return a batch whose time has come, in flight from now on; never waits."""
-        if not self._front and not len(self.buffer) and not self.stopped:
-            self.buffer.adopt()
-        if self._due_in(now) != 0.0:
-            return None
-        batch = next((b for b in self._front if b.not_before <= now), None)
-        if batch is not None:
-            self._front.remove(batch)
-        else:
-            keys, items = self.buffer.take(MAX_BATCH)
-            self._since = now if len(self.buffer) else None
-            self._check_lost()
-            if not items:
-                if len(self.buffer):  # in a file that cannot be read now
-                    self._resume_at = max(self._resume_at, now + 1.0)
-                return None
-            batch = _Batch(self._taken, keys, items)
-            self._taken += len(items)
-        batch.era = self._failures
-        self._flying[batch] = None
-        return batch
-
-    # Answers in.
-
-    def settle(self, batch: _Batch, answer: _Answer, now: float) -> list[_Drop]:
-        """Account for the answer to a batch; return what it made us drop."""
-        verdict = _verdict(answer.status)
-        return self._settle(batch, verdict, None if verdict == _DELIVERED else answer.error(), now)
-
-    @_locked
-    def _settle(
-        self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float
-    ) -> list[_Drop]:
-        if batch not in self._flying:
-            return []  # close() has given it up meanwhile
-        self.last_error = error or self.last_error
-        drops: list[_Drop] = []
-        # Disk before account, account before the waiting callers: a crash between them repeats a log
-        # under its log_id, but loses none.
-        if error is None:
-            self.buffer.remove(batch.keys)
-            self._delivered += len(batch.items)
-            if len(self.buffer) >= MAX_BATCH:
-                self.width = min(self.width + 1, self._config.max_senders)
-        elif verdict == _RETRY:
-            drops = self._retry_later(batch, error, now)
-        elif verdict == _REFUSED:
-            drops = self._refuse(batch, error)
-        else:
-            drops = self._split(batch, error)
-        del self._flying[
-            batch
-        ]  # only now: a Ctrl-C in the buffer's commit must find it there for another attempt
-        if verdict != _RETRY:
-            self._failures = 0
-        drops += self.losses()
-        self._tell(exhausted=self._failures > self._config.retries)
-        return drops
-
-    def _retry_later(self, batch: _Batch, error: ChirrOpError, now: float) -> list[_Drop]:
-        batch.attempts += 1
-        if batch.era == self._failures:
-            self._failures += 1
-        self.width = 1
-        self._resume_at = max(
-            self._resume_at, now + _backoff(self._failures, error.retry_after, self._rand)
-        )
-        if batch.attempts > self._config.retries:
-            if self._config.on_exhausted == "drop":
-                return self._drop(batch, "exhausted", error)
-            batch.not_before = now + BACKOFF_CAP  # others may be sent meanwhile
-        self._retries += 1
-        self._front.insert(0, batch)
-        return []
-
-    def _refuse(self, batch: _Batch, error: ChirrOpError) -> list[_Drop]:
-        if not self.buffer.park(batch.keys):
-            return self._drop(batch, "refused", error)
-        self._parked += len(batch.items)
-        self._blemish(batch)
-        return []
-
-    def _split(self, batch: _Batch, error: ChirrOpError) -> list[_Drop]:
-        if len(batch.items) == 1:
-            return self._drop(batch, "rejected", error)
-        if batch.spent[0] + 2 > MAX_SPLIT_REQUESTS:
-            return self._drop(batch, "undecided", error)
-        batch.spent[0] += 2
-        self._front += batch.halves()  # at the end: the larger parts are decided first
-        return []
-
-    def _drop(self, batch: _Batch, reason: str, error: ChirrOpError) -> list[_Drop]:
-        self.buffer.bury(batch.keys, str(error))
-        self._blemish(batch)
-        return self._lose(reason, len(batch.items), batch.items, error)
-
-    def _lose(
-        self, reason: str, count: int, items: list[bytes], error: ChirrOpError
-    ) -> list[_Drop]:
-        self._dropped[reason] = self._dropped.get(reason, 0) + count
-        return [_Drop(reason, count, items, error)]
-
-    @_locked
-    def losses(self) -> list[_Drop]:
-        """Return what a damaged spool file took along, for the report."""
-        self._check_lost()
-        losses, self._losses = self._losses, []
-        return losses
-
-    def _check_lost(self) -> None:
-        """Account for logs that a damaged spool file took along; nobody can read them any more."""
-        lost, self.buffer.lost = self.buffer.lost, 0
-        if lost:
-            self._taken += lost
-            for flush in self._flushes:
-                flush.clean = False
-            self._losses += self._lose(
-                "damaged", lost, [], ChirrOpError("they are in a damaged spool file")
-            )
-            self._tell()
-
-    # Flush and close.
-
-    @_locked
-    def begin_flush(self, now: float) -> _Flush:
-        """Return a flush of what is held now; a backoff in progress ends."""
-        self.buffer.adopt()
-        flush = _Flush(self._taken + len(self.buffer))
-        self._hurry_to = max(self._hurry_to, flush.mark)
-        self._resume_at = min(self._resume_at, now)
-        for batch in self._front:
-            batch.not_before = min(batch.not_before, now)
-        self._flushes.append(flush)
-        self._tell()
-        return flush
-
-    @_locked
-    def end_flush(self, flush: _Flush) -> None:
-        """Forget a flush whose caller has stopped waiting."""
-        if flush in self._flushes:
-            self._flushes.remove(flush)
-
-    def _blemish(self, batch: _Batch) -> None:
-        for flush in self._flushes:
-            if batch.first < flush.mark:
-                flush.clean = False
-
-    def _tell(self, exhausted: bool = False) -> None:
-        """Wake callers: of a flush that is over, and those who wait for room."""
-        first = min(
-            (b.first for group in (self._front, self._flying) for b in group), default=self._taken
-        )
-        for flush in list(self._flushes):
-            over = self.stopped or (self._taken >= flush.mark and first >= flush.mark)
-            if over or exhausted:
-                self._flushes.remove(flush)
-                flush.end(flush.clean and over and not self.stopped)
-        self._room.ring()
-        self._room = _Bell()
-
-    @_locked
-    def stop(self) -> list[_Drop]:
-        """End all sending: what is still held stays in the spool, or is dropped and returned.
-
-        A request still in flight no longer counts, whatever becomes of it.
-        """
-        self.closed = self.stopped = True
-        drops = []
-        for batch in [*self._front, *self._flying]:
-            if self.buffer.give_back(batch.keys):
-                self._taken -= len(batch.items)
-            else:
-                drops += self._drop(batch, "closed", ChirrOpError("not sent before close"))
-        self._front, self._flying = [], {}
-        self.buffer.close()
-        drops += self._sweep()
-        self._tell()
-        return drops + self.losses()
-
-    @_locked
-    def _sweep(self) -> list[_Drop]:
-        """Drop what waits in memory after the end."""
-        _, items = self.buffer.take(sys.maxsize)
-        self._taken += len(items)
-        return (
-            self._lose("closed", len(items), items, ChirrOpError("not sent before close"))
-            if items
-            else []
-        )
-
-    @_locked
-    def held(self) -> int:
-        """Return the number of logs that may still be delivered by this client."""
-        return len(self.buffer) + sum(len(batch.items) for batch in (*self._front, *self._flying))
-
-    @_locked
-    def stats(self) -> Stats:
-        waiting = len(self.buffer)  # read once: logs go on arriving without the lock
-        return Stats(
-            accepted=self._taken + waiting + self._direct,
-            delivered=self._delivered,
-            dropped=dict(self._dropped),
-            queued=waiting + sum(len(b.items) for b in self._front),
-            in_flight=sum(len(b.items) for b in self._flying),
-            parked=self._parked,
-            retries=self._retries,
-            last_error=self.last_error,
-        )
-
-
-# ---- Reporter and sender --------------------------------------------------
-# In: batches from the outbox. Out: one request per batch, and word of what was dropped. Threads
-# "chirrop-sender-N" wait in turn for the next batch and hold no lock while a request or on_drop runs.
-# They never call the logging module, whose handlers may hold locks that wait for a flush: notes are
-# written by callers of flush and close, or by a short-lived thread "chirrop-reporter".
-
-_WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
-# Held by our threads while they import, and by a fork: it would leave its child with half a module for ever.
-_importing = threading.RLock()
-_reporting = threading.local()
+def _is_inside(*codes: Any) -> bool:
+    """Tell whether one of these code objects is running further up this thread's stack."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
 
 
 class _Reporter:
-    """Tell the application what was dropped: on_drop at once, the logger in a handful of records."""
+    """Tell the application what was dropped: on_drop soon, the logger in a handful of records."""
 
-    def __init__(self, config: Config) -> None:
-        self._on_drop, self._level = config.on_drop, config.log_level
-        self._drops: deque[_Drop] = deque()
-        self._notes: deque[tuple[int, str]] = deque(maxlen=100)
-        self._next_at, self._state, self._late = 0.0, "", False
-        self._said: dict[str, float] = {}  # notes that may repeat, and when they may
+    def __init__(self, outbox: _Outbox, config: Config) -> None:
+        self._outbox, self._on_drop, self._level = outbox, config.on_drop, config.log_level
+        self.after_fork()
 
     def after_fork(self) -> None:
-        self._drops.clear()
-        self._notes.clear()
+        self._notes: deque[tuple[int, str]] = deque(maxlen=100)
+        self._next: dict[str, float] = {}  # kind of record -> when it may be written again
+        self._failing = False  # the last note of the kind "state" said so
+        self.threads: list[threading.Thread] = []
 
-    def drops(self, drops: Sequence[_Drop], record: bool = True) -> None:
-        for drop in drops:
-            if record:
-                self._drops.append(drop._replace(items=()))
-            if self._on_drop is None or getattr(_reporting, "in_on_drop", False):
-                continue  # dropped by what on_drop itself does: counted and logged only
-            _reporting.in_on_drop = True
-            try:
-                self._on_drop([_decoded(item) for item in drop.items], drop.error)
-            except BaseException as exc:  # it is the application's code, on our thread
-                self.note_once(_ERROR, f"on_drop raised {type(exc).__name__}")
-            finally:
-                _reporting.in_on_drop = False
-
-    def late(self, drops: Sequence[_Drop]) -> None:
-        """Report logs that came after close: every one to on_drop, the first to the logger."""
-        if not self._late:
-            self._late = True
-            self.note(_WARNING, "logged after close: this and further logs are dropped")
-        self.drops(drops, record=False)
-        self.write()
-
-    def state(self, answer: _Answer) -> None:
-        """Note a change between sending, failing and being refused; not every attempt."""
-        verdict = _verdict(answer.status)
-        if verdict not in (_SPLIT, self._state):
-            if verdict != _DELIVERED:
-                what = "held, retrying" if verdict == _RETRY else "refused"
-                self.note(_WARNING, f"logs are {what}: {answer.error()}")
-            elif self._state:
-                self.note(_INFO, "logs are accepted again")
-            self._state = verdict
-
-    def note(self, level: int, text: str) -> None:
-        self._notes.append((level, text))
-
-    def note_once(self, level: int, text: str) -> None:
-        """Note what may happen with each log, but only once in REPORT_SECONDS."""
+    def note(self, kind: str, level: int, text: str) -> bool:
+        """Keep a text for the log, unless one of its kind was kept in the last REPORT_SECONDS."""
         now = time.monotonic()
-        if now >= self._said.get(text, 0.0):
-            self._said = {t: at for t, at in list(self._said.items()) if at > now}
-            self._said[text] = now + REPORT_SECONDS
-            self.note(level, text)
+        if now < self._next.get(kind, 0.0):
+            return False
+        self._next[kind] = now + REPORT_SECONDS
+        self._notes.append((level, text))
+        return True
+
+    def state(self, verdict: str, error: ChirrOpError | None) -> None:
+        """Note once a minute that logs are held, and how many, or refused; and that it is over."""
+        if error is None:
+            if self._failing:
+                self._failing = False
+                self._notes.append((_INFO, "logs are accepted again"))
+        elif verdict in (_RETRY, _HOLD, _REFUSED):
+            held = self._outbox.held()
+            what = f"held, retrying; {held:,} wait" if held else "refused"
+            self._failing |= self.note("state", _WARNING, f"logs are {what}: {error}")
 
     def due(self) -> bool:
-        return bool(self._notes) or (bool(self._drops) and time.monotonic() >= self._next_at)
+        """Tell whether there is something to tell."""
+        state = self._outbox.state
+        drops = state.unsaid and time.monotonic() >= self._next.get("drops", 0.0)
+        return bool(self._notes or drops or (state.untold and self._on_drop))
+
+    def kick(self) -> bool:
+        """Tell what is due in a thread of its own; False where there can be none."""
+        if not self.due() or any(thread.is_alive() for thread in self.threads):
+            return True
+        self.threads.clear()
+        return _start_thread(self.threads, self.run, "chirrop-reporter")
+
+    def run(self, final: bool = False) -> None:
+        """Tell what is due, in this thread; `final` lets no limit hold it back."""
+        if not _is_inside(_Reporter.tell.__code__):
+            self.tell()
+        self.write(final)
+
+    def tell(self) -> None:
+        """Call on_drop for each drop that it has not heard of."""
+        while self._on_drop is not None and self._outbox.state.untold:
+            drop = self._outbox.state.untold[0]
+            try:
+                self._on_drop([_decoded(item) for item in drop.items], drop.error)
+            except Exception as exc:  # it is the application's code
+                if _is_from_handler(exc):
+                    raise
+                self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
+            self._outbox.told(drop)
 
     def write(self, final: bool = False) -> None:
-        """Hand notes to the logger, and drops added up; returns at once when called from a handler of ours."""
-        if not ((final and self._drops) or self.due()) or getattr(_reporting, "active", False):
+        """Hand notes to the logger, and drops added up; returns at once inside a handler of its own."""
+        unsaid = self._outbox.state.unsaid
+        if not self._notes and not unsaid or _is_inside(_Reporter._write.__code__):
             return
+        if final or time.monotonic() >= self._next.get("drops", 0.0):
+            self._write(unsaid)
+        else:
+            self._write({})
+
+    def _write(self, unsaid: dict[str, tuple[int, str]]) -> None:
         import logging
 
         logger = logging.getLogger("chirrop")
         if self._level != NOTSET:
             logger.setLevel(self._level)
-        _reporting.active = True
         try:
             while self._notes:
                 logger.log(*self._notes.popleft())
-            if final or time.monotonic() >= self._next_at:
-                self._next_at = time.monotonic() + REPORT_SECONDS
-                for reason, (count, error) in self._added_up().items():
-                    logger.error("dropped %d logs (%s): %s", count, reason, error)
-        except Exception:  # a handler of the application's, or a race for the last note
-            pass
-        finally:
-            _reporting.active = False
+            for reason, (count, text) in unsaid.items():
+                self._next["drops"] = time.monotonic() + REPORT_SECONDS
+                logger.error("dropped %d logs (%s): %s", count, reason, text)
+                self._outbox.said(reason, count)
+        except Exception as exc:  # a handler of the application's, or a race for the last note
+            if _is_from_handler(exc):
+                raise
 
-    def _added_up(self) -> dict[str, tuple[int, ChirrOpError]]:
-        totals: dict[str, tuple[int, ChirrOpError]] = {}
-        while self._drops:
-            reason, count, _, error = self._drops.popleft()
-            totals[reason] = (totals.get(reason, (0, error))[0] + count, error)
-        return totals
+
+def _start_thread(
+    threads: list[threading.Thread], target: Callable[..., Any], name: str, *args: Any
+) -> bool:
+    """Start a thread, which is in `threads` before it runs; False where there can be none.
+
+    That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack,
+    in a uWSGI worker without threads.
+    """
+    if _exiting or _has_no_threads():
+        return False
+    try:
+        threads.append(threading.Thread(target=target, name=name, args=args, daemon=True))
+        threads[-1].start()
+    except RecursionError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
+def _has_no_threads() -> bool:
+    """Tell whether this is a uWSGI worker without threads: one could be made, but would never run."""
+    options = getattr(sys.modules.get("uwsgi"), "opt", None)
+    if not isinstance(options, dict):
+        return False
+    return not any(options.get(name) or options.get(name.encode()) for name in _UWSGI_THREADS)
+
+
+_UWSGI_THREADS = ("enable-threads", "threads")
 
 
 class _Sender:
-    """The threads that carry out what the outbox decides, and what callers wait for: flush and close."""
+    """The threads that carry out what the outbox decides, and what callers wait for."""
 
     def __init__(
         self,
@@ -2195,277 +2546,381 @@ class _Sender:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
-        self.report = _Reporter(config)
-        outbox.on_ready, outbox.patience = self.rouse, self._patience
-        self.abandoned = False
-        self.owner: object = None  # the weak reference that calls abandon
-        self._reset()
+        self.report = _Reporter(outbox, config)
+        self.owner: Callable[[], object] = lambda: self  # the weak reference to the client
+        self._start()
 
-    def _reset(self) -> None:
-        self._lock = threading.RLock()  # guards _threads
-        self._threads: list[threading.Thread] = []
-        self._lead = (
-            threading.Lock()
-        )  # held by the one thread that waits for work; the others queue for it
-        self._bell = _Bell()  # wakes the leader
-        self._waiting = False  # the leader waits for the bell, or is about to look a last time
-        self._inside: set[int] = (
-            set()
-        )  # threads in which flush and close must not wait for themselves
-        self._sending: set[int] = set()  # those of them that are in a request now
-        self._reporter: threading.Thread | None = None
+    def _start(self) -> None:
         self.pid = os.getpid()
-        self.closing = (
-            threading.Event()
-        )  # cuts short the waits of send_logs and control-plane calls
-        self._clean = True
-
-    def _patience(self) -> float:
-        return 0.0 if threading.get_ident() in self._inside else self._config.timeout
+        self._threads: list[threading.Thread] = []  # replaced in a forked child only
+        self._lead = threading.Lock()  # held by the one thread that waits for work
+        self._bell = _Bell()  # wakes it
+        self._wake_at = 1.0  # the buffer's level at which put() does; 1 is always right
+        self._callers: list[tuple[Callable[[], bool], _Bell]] = []  # who wait, and for what
 
     def after_fork(self) -> None:
         """Forget the parent's threads: they do not exist in a child process."""
-        self.report.after_fork()
         self.outbox.after_fork()
+        self.report.after_fork()
         self._link.after_fork()
-        self._reset()
+        self._start()
 
-    def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """The client was garbage-collected: send what is held, then end. Called by the collector: no locks."""
-        if ending():  # the exit hook has run, and the names of this module are going
-            return
-        self.abandoned = True
-        if self._threads:
-            self._bell.ring()
-        elif not len(self.outbox.buffer) and not self.outbox.buffer.is_open():
-            self._link.close()
-            _open_senders.discard(self)
+    # Logs in.
+
+    def put(self, data: bytes) -> None:
+        """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
+        outbox, buffer = self.outbox, self.outbox.buffer
+        if outbox.closed:
+            self.report.note(
+                "late", _WARNING, "logged after close: this and further logs are dropped"
+            )
+        if self._config.queue_size and not outbox.closed:
+            self._put_bounded(data)
         else:
-            self.rouse()
+            buffer.put(data)
+        if outbox.state.stopped:
+            outbox.sweep()
+            self._tell()
+        elif buffer.level() >= self._wake_at and self._bell.is_silent():
+            self.wake()
 
-    def rouse(self) -> None:
-        """Wake the leader, or start the first thread."""
-        if self._waiting:
-            self._waiting = False
+    def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
+        """Account for a log that is dropped before it is queued, and report it."""
+        self.outbox.refuse(reason, [item], error)
+        self._tell()
+
+    def _put_bounded(self, data: bytes) -> None:
+        deadline = self._clock() + self._config.timeout
+        while not self.outbox.offer(data):
+            self.wake()  # a full queue is a full batch
+            room = not self._is_nested() and self._alive() and self._wait(self._has_room, deadline)
+            if not room:
+                size = self._config.queue_size
+                raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
+
+    def _has_room(self) -> bool:
+        return self.outbox.state.stopped or not self.outbox.is_full()
+
+    # Threads.
+
+    def wake(self) -> None:
+        """Wake the sender that waits, or start the first one."""
+        if self._alive():
             self._bell.ring()
-        if not self._alive():
+        else:
             self._spawn()
 
     def _alive(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
 
     def _spawn(self) -> None:
-        """Start one more thread, if the outbox allows it and the interpreter still does."""
-        with self._lock:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            if _exiting or len(self._threads) >= self.outbox.width:
-                return
-            thread = threading.Thread(
-                target=self._run, name=f"chirrop-sender-{len(self._threads) + 1}", daemon=True
-            )
-            try:
-                thread.start()
-                self._threads.append(thread)
-            except (
-                RuntimeError
-            ):  # no threads to be had: flush, close and exit send in their own thread
-                self.outbox.wake_at = 1
+        """Start one more sender, if the outbox allows it and the interpreter still does."""
+        _exclusively(self.outbox.buffer.lock, self._spawn_one)
 
-    def _run(self) -> None:
-        self._inside.add(threading.get_ident())
-        batch: _Batch | None = None
-        with _importing:
-            self._link.preload()
-        while not self.outbox.stopped:
-            try:
-                with self._lead:
-                    batch = self._next()
-                if batch is None:
-                    break
-                self._deliver(batch, self._config.timeout)
-            except (
-                BaseException
-            ) as exc:  # a bug of ours, or no memory: a sender goes on whatever happens
-                self.report.note_once(_ERROR, f"sender failed: {type(exc).__name__}: {exc}")
-                self.closing.wait(1.0)
-        self._inside.discard(threading.get_ident())
+    def _spawn_one(self) -> None:
+        threads = self._threads
+        threads[:] = [thread for thread in threads if thread.is_alive()]
+        if len(threads) >= self.outbox.state.width:
+            return
+        if type(self._lead) is not type(threading.Lock()):
+            # gevent or eventlet has patched threading since: what a greenlet waits on must be theirs.
+            self._lead, self._bell = threading.Lock(), _Bell()
+        _close_with_multiprocessing()
+        name = f"chirrop-sender-{len(threads) + 1}"
+        if not _start_thread(
+            threads, self._run, name, threads
+        ):  # flush, close and exit send in their own thread; see again with the next batch
+            self._wake_at = self.outbox.buffer.level() + self._config.batch_size
+            if _has_no_threads():
+                text = "uWSGI runs without threads (see its enable-threads)"
+                self.report.note(
+                    "uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only"
+                )
 
-    def _next(self) -> _Batch | None:
+    def _run(self, threads: list[threading.Thread]) -> None:
+        """Send until the client is closed; `threads` is another list in a forked child, into which
+        gevent may have carried this greenlet over."""
+        try:
+            while self._threads is threads and self._turn(threads):
+                pass
+        except BaseException as exc:  # a worker's abort, in here; the next log starts another sender
+            self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
+        finally:
+            if self._threads is threads:
+                self._wake_at = 1.0
+                self._bell.wait(0)
+                self.outbox.release(threading.get_ident())
+                for _, bell in list(self._callers):  # they look whether there is still a sender
+                    bell.ring()
+
+    def _turn(self, threads: list[threading.Thread]) -> bool:
+        """Wait for a batch and send it; False when there is nothing more to do."""
+        try:
+            with self._lead:
+                batch = self._next(threads)
+            if batch is None:
+                return False
+            self._deliver(batch, self._config.timeout)
+        except Exception as exc:  # a bug of ours, or no memory: a sender goes on
+            self.report.note("sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+            time.sleep(1.0)
+        return True
+
+    def _next(self, threads: list[threading.Thread]) -> _Batch | None:
         """Wait for the next batch; None when there is nothing more to do."""
-        while not self.outbox.stopped:
-            batch = self.outbox.take(self._clock())
+        outbox = self.outbox
+        while self._threads is threads and not outbox.state.stopped:
+            outbox.buffer.tend()
+            batch = outbox.take(self._clock(), threading.get_ident())
             if batch is not None:
                 return batch
-            if self.abandoned and not self.outbox.held():
-                self._shut()
+            if self.owner() is None and not outbox.held():
+                self.shut(True, 0.0)
                 break
-            if self.report.due():
-                self._write_apart()
-            self._waiting = True
-            wait = self.outbox.arm(self._clock())
+            self.report.kick()
+            self._wake_at = outbox.wake_level(self._clock())
+            wait = outbox.due_in(self._clock())
             if wait != 0.0:
-                self._bell.wait(wait)
-            self._waiting = False
+                self._bell.wait(math.inf if wait is None else wait)
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
         """Make one attempt, account for it, and tell whoever must know."""
-        self._sending.add(threading.get_ident())
-        try:
-            body = b"[" + b",".join(batch.items) + b"]"
-            answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
-        except BaseException as exc:  # Ctrl-C, or no memory: the batch waits for its next attempt
-            self.report.drops(self.outbox.settle(batch, _Answer(0, cause=exc), self._clock()))
-            raise
-        finally:
-            self._sending.discard(threading.get_ident())
-        try:
-            drops = self.outbox.settle(batch, answer, self._clock())
-        except BaseException as exc:  # no memory: the batch must not stay in flight for ever
-            self.report.drops(self.outbox.settle(batch, _Answer(0, cause=exc), self._clock()))
-            raise
-        self.report.state(answer)
-        self.report.drops(drops)
-        if self.outbox.width > len(self._threads) > 0:
+        threads = self._threads
+        body = b"[" + b",".join(batch.items) + b"]"
+        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        if self._threads is not threads:
+            return  # in a forked child, where the batch is the parent's
+        verdict = _verdict(_INGEST, answer.status)
+        error = None if verdict == _DELIVERED else answer.error()
+        self.outbox.settle(batch, verdict, error, self._clock())
+        self.report.state(verdict, error)
+        self._tell()
+        if self.outbox.state.width > len(threads) > 0:
             self._spawn()
-        if self._waiting:
-            self.rouse()
+        self._bell.ring()
 
-    def _write_apart(self) -> None:
-        if self._reporter is not None and self._reporter.is_alive():
-            return
+    # Callers that wait.
+
+    def _tell(self) -> None:
+        """Wake the callers whose wait is over."""
+        for caller in list(self._callers):
+            ready, bell = caller
+            if ready():
+                _discard(self._callers, caller)
+                bell.ring()
+        if not self.report.kick():
+            self.report.run()
+
+    def _wait(self, ready: Callable[[], bool], deadline: float) -> bool:
+        """Wait until `ready()`, at which senders look after each answer; return what it says."""
+        caller = ready, _Bell()
         try:
-            self._reporter = threading.Thread(
-                target=self.report.write, name="chirrop-reporter", daemon=True
-            )
-            self._reporter.start()
-        except RuntimeError:  # the interpreter is shutting down: close() writes the rest
-            pass
+            while True:
+                self._callers.append(caller)
+                left = deadline - self._clock()
+                if ready() or left <= 0:
+                    return ready()
+                self._help(caller[1], left)
+        finally:
+            while caller in self._callers:
+                _discard(self._callers, caller)
 
-    def flush(self, timeout: float | None) -> bool:
-        if self._entered():
-            return False
-        if threading.get_ident() in self._inside:
+    def _help(self, bell: _Bell, left: float) -> None:
+        """Wait for the senders; where there are none, and can be none, do a piece of their work."""
+        if not self._alive():
+            self._spawn()
+        if self._alive():
+            bell.wait(left)
+            return
+        now, me = self._clock(), threading.get_ident()
+        try:
+            self.outbox.buffer.tend()
+            batch = self.outbox.take(now, me)
+            if batch is not None:
+                self._deliver(batch, min(self._config.timeout, left))
+                return
+        finally:
+            self.outbox.release(me)
+        due = self.outbox.due_in(now)
+        bell.wait(min(left, 1.0 if due is None else due))
+
+    def pause(self, seconds: float) -> bool:
+        """Wait in a caller's thread; True, and at once, when the client is being closed."""
+        caller = (lambda: self.outbox.closed), _Bell()
+        self._callers.append(caller)
+        try:
+            return self.outbox.closed or caller[1].wait(seconds)
+        finally:
+            _discard(self._callers, caller)
+
+    def deadline(self, timeout: float | None) -> float:
+        return math.inf if timeout is None else self._clock() + timeout
+
+    def flush(self, deadline: float) -> bool:
+        if self._is_nested():
             return not self.outbox.held()
-        deadline = math.inf if timeout is None else self._clock() + timeout
+        self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
-            if not flush.done:
-                self.rouse()
-                self._wait(flush, deadline)
+            self._bell.ring()
+            self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
+            done = bool(self.outbox.outcome(flush))
         finally:
             self.outbox.end_flush(flush)
-        self.report.drops(self.outbox.losses())
+        self.report.kick()
         self.report.write()
-        return flush.done and flush.clean
+        return done
 
-    def _entered(self) -> bool:
-        """Tell whether this thread was interrupted inside: a sender may need the lock that it holds."""
-        return bool(self.outbox._lock._is_owned() or self.outbox.buffer.entered())  # type: ignore[attr-defined]
-
-    def _wait(self, flush: _Flush, deadline: float) -> None:
-        """Wait for the senders; where no thread can run, do their work in this one."""
-        while not flush.done:
-            now = self._clock()
-            left = deadline - now
-            if left <= 0:
-                return
-            pause: float | None = None if left == math.inf else left
-            if not self._alive():
-                batch = self.outbox.take(now)
-                if batch is not None:
-                    self._inside.add(threading.get_ident())
-                    try:
-                        self._deliver(batch, min(self._config.timeout, left))
-                    finally:
-                        self._inside.discard(threading.get_ident())
-                    continue
-                due = self.outbox.arm(now)
-                pause = min(left, 1.0 if due is None else due)
-            flush.bell.wait(pause)
-
-    def hurry(self) -> None:
-        """Take no more logs, and send what is held without waiting."""
+    def close(self, deadline: float) -> bool:
         self.outbox.closed = True
-        self.closing.set()
-        self.outbox.end_flush(self.outbox.begin_flush(self._clock()))
-        self.rouse()
+        self._tell()
+        if _is_inside(_exclusively.__code__):
+            return False  # senders go on; the exit hook, or another close, ends them
+        clean = self.outbox.state.stopped or self.flush(deadline)
+        self.shut(clean, deadline)
+        return bool(self.outbox.state.clean)
 
-    def close(self, timeout: float | None) -> bool:
-        if not self.outbox.stopped:
-            self.outbox.closed = True
-            self.closing.set()
-            if self._entered():
-                return False  # senders go on with what is held; the exit hook, or another close(), ends them
-            clean = self.flush(timeout)
-            self._clean = clean and not self.outbox.held()
-            self._shut()
-        return self._clean
-
-    def _shut(self) -> None:
-        self.report.drops(self.outbox.stop())
+    def shut(self, clean: bool, deadline: float) -> None:
+        """End all sending now, and report what that drops; waits for threads until `deadline`."""
+        self.outbox.stop(clean)
         self._bell.ring()  # for the leader; the others see that the outbox is stopped
-        inside = threading.get_ident() in self._inside
-        for thread in [] if inside else self._threads:
-            if (
-                thread.ident not in self._sending
-            ):  # idle: ends at once. One in a request ends after it
-                thread.join(1.0)
+        self._tell()
+        self._hand_over(deadline)
+        # One that is idle ends at once; one in a request ends after it, and is not waited for long.
+        self._join(self._threads, min(deadline, self._clock() + 1.0))
         self._link.close()
-        if not inside:
-            self.report.write(final=True)
-        elif self.report.due():
-            self._write_apart()
         _open_senders.discard(self)
 
+    def _join(self, threads: list[threading.Thread], deadline: float) -> None:
+        for thread in list(threads):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(max(0.0, min(threading.TIMEOUT_MAX, deadline - self._clock())))
 
-# Every client with unsent logs, or one that may still get some. Held strongly: a client may be dropped
-# by the application while its logs are on their way.
+    def _hand_over(self, deadline: float) -> None:
+        """Report all that there is to report, if it can be had by `deadline`."""
+        if _is_inside(_Reporter.tell.__code__):
+            return
+        if not self.report.kick():
+            self.report.tell()
+        self._join(self.report.threads, deadline)
+        self.report.write(final=True)
+
+    def hurry(self, deadline: float) -> None:
+        """Take no more logs, and send what is held without waiting."""
+        self.outbox.closed = True
+        self.outbox.end_flush(self.outbox.begin_flush(self._clock()))
+        self.wake()
+
+    def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """The client was garbage-collected: send what is held, then end. Called by the collector."""
+        if ending():  # the exit hook has run, and the names of this module are going
+            return
+        if self._threads:
+            self._bell.ring()
+        elif self.outbox.held() or self.outbox.buffer.is_open():
+            self.wake()
+        else:
+            self._link.close()
+            _open_senders.discard(self)
+
+    def _is_nested(self) -> bool:
+        """Tell whether to wait here would be to wait for this very thread."""
+        return _is_inside(
+            _exclusively.__code__,
+            _Sender._run.__code__,
+            _Sender._deliver.__code__,
+            _Reporter.tell.__code__,
+        )
+
+
+def _discard(things: list[Any], thing: object) -> None:
+    try:
+        things.remove(thing)
+    except ValueError:  # another thread was faster
+        pass
+
+
+# Every client with unsent logs, or one that may still get some. Held strongly: a client may be
+# dropped by the application while its logs are on their way.
 _open_senders: set[_Sender] = set()
 _exiting = False
 
 
 def _at_exit() -> None:
-    """Close all open clients within one deadline; starts no thread, which 3.12 forbids at this point."""
+    """Close all open clients within one deadline, in spite of errors and interruptions."""
     global _exiting
-    _exiting = True
+    _exiting = True  # no thread is started any more, which 3.12 forbids at this point
     if any(sender.pid != os.getpid() for sender in list(_open_senders)):
         _after_fork()
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
-    for sender in senders:
-        sender.hurry()
-    for sender in senders:
-        sender.close(max(0.0, deadline - time.monotonic()))
+    trouble: BaseException | None = None
+    for step in (_Sender.hurry, _Sender.flush, _Sender.close):
+        for sender in senders:
+            for _ in range(3):  # interrupted twice, it is done all the same
+                try:
+                    step(sender, deadline)
+                    break
+                except BaseException as exc:
+                    trouble = exc
+                    if not isinstance(exc, Exception):  # Ctrl-C: no more waiting
+                        deadline = 0.0
+    if trouble is not None:
+        raise trouble
+
+
+def _close_with_multiprocessing() -> None:
+    """Let a child of multiprocessing close its clients: it ends by os._exit, past all exit hooks."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None and _finalizing.get("pid") != os.getpid():
+        _finalizing["pid"] = os.getpid()
+        util.Finalize(None, _at_exit, exitpriority=0)
+
+
+_finalizing: dict[str, int] = {}  # the process in which that has been arranged
+
+_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's use of SQLite
+
+
+def _locks() -> list[Any]:
+    """Return the locks under which SQLite is used, in the order in which they are taken."""
+    buffers = [sender.outbox.buffer for sender in list(_open_senders)]
+    return [
+        lock
+        for buffer in buffers
+        for lock in (getattr(buffer, "tending", None), buffer.lock)
+        if lock
+    ]
 
 
 def _before_fork() -> None:
-    """Wait for what a child could not live with half done; not for long."""
-    _importing.acquire(timeout=_FORK_SECONDS)
-    for sender in list(_open_senders):
-        sender.outbox.buffer.before_fork()
+    """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
+    for lock in _locks():
+        lock.acquire(timeout=_FORK_SECONDS)
 
 
 def _after_fork_in_parent() -> None:
-    for sender in list(_open_senders):
-        sender.outbox.buffer.after_fork_in_parent()
-    if _importing._is_owned():  # type: ignore[attr-defined]
-        _importing.release()
+    for lock in _locks():
+        if lock._is_owned():
+            lock.release()
 
 
 def _after_fork() -> None:
-    global _importing, _minted, _reporting
-    _importing, _minted, _reporting = threading.RLock(), _NOT_MINTED, threading.local()
-    for sender in [s for s in _open_senders if s.pid != os.getpid()]:
+    global _minted
+    _minted = _NOT_MINTED
+    for sender in [sender for sender in _open_senders if sender.pid != os.getpid()]:
         sender.after_fork()
-        if sender.abandoned:
+        if sender.owner() is None:
             _open_senders.discard(sender)
 
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
     os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork,
     )
 
 
@@ -2533,6 +2988,7 @@ class _UrllibTransport:
         self._lock = threading.Lock()  # guards the making of _opener and _context
         self._opener: Any = None
         self._idle: dict[tuple[str, str, str], deque[tuple[Any, float]]] = {}
+        self._busy: set[Any] = set()  # connections on which a request is under way
         self._pid = os.getpid()
         self._closed = False
 
@@ -2585,65 +3041,64 @@ class _UrllibTransport:
         if connection is not None:
             try:
                 return self._talk(connection, request, deadline, place)
-            except OSError:  # closed by the server between two requests; nothing was answered
-                if (
-                    time.monotonic() > deadline - 0.01
-                ):  # or a time-out, which Python 3.9 has two classes for
+            except OSError as exc:  # closed by the server between two requests, without an answer
+                late = time.monotonic() > deadline - 0.01  # Python 3.9 has two classes of time-outs
+                if late or _is_from_handler(exc):
                     raise
         return self._talk(self._connect(request, deadline), request, deadline, place)
 
     def _talk(
         self, connection: Any, request: Any, deadline: float, place: tuple[str, str, str]
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        import http.client
-
-        headers = {**request.unredirected_hdrs, **request.headers}
-        if request._tunnel_host:
-            headers.pop("Proxy-authorization", None)  # it has gone to the proxy, with CONNECT
+        self._busy.add(connection)
         try:
             connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
             connection.response_class = self._timed_response(deadline)
-            unread = False
-            try:
-                parts: list[bytes] = []
-                connection.send = parts.append
-                connection.request(request.get_method(), request.selector, request.data, headers)
-                del connection.send
-                connection.send(
-                    b"".join(parts)
-                )  # in one piece: http.client sends head and body apart
-            except (BrokenPipeError, ConnectionResetError):
-                unread = (
-                    True  # the server may have answered before it stopped reading, with 413 for one
-                )
-            response = connection.getresponse()
-            while response.status < 200:  # http.client passes over 100 only
-                response.headers = None
-                response.begin()
-            if response.fp.raw.ended:  # which http.client takes for the end of the headers
-                raise http.client.HTTPException("answer cut short: it ends within its headers")
-            if unread and response.status < 300:
-                raise http.client.HTTPException("an answer to half a request")
-            failure = None
-            try:
-                body = self._read(response)
-            except (OSError, http.client.HTTPException) as exc:
-                failure = str(exc) or type(exc).__name__
-            if (
-                failure
-            ):  # raised out here, because an IncompleteRead holds what was read, up to 16 MiB
-                # Not an OSError: the server has begun to answer, so this is not a connection found dead.
-                raise http.client.HTTPException(f"answer cut short: {failure}")
+            cut_off = self._send(connection, request)
+            response = self._response(connection)
+            if cut_off and response.status < 300:
+                raise ConnectionError("an answer to half a request")
+            body = self._read(response)
         except BaseException:
             connection.close()
             raise
-        if unread or response.will_close or request.get_header("Connection"):
+        finally:
+            self._busy.discard(connection)
+        if cut_off or response.will_close or request.get_header("Connection"):
             connection.close()
         else:
             self._idle.setdefault(place, deque()).append((connection, _awake_clock()))
             if self._closed:
                 self.close()
         return response.status, body, response.headers
+
+    @staticmethod
+    def _send(connection: Any, request: Any) -> bool:
+        """Send a request; True: the server stopped reading, perhaps after an answer such as 413."""
+        headers = {**request.unredirected_hdrs, **request.headers}
+        if request._tunnel_host:
+            headers.pop("Proxy-authorization", None)  # it has gone to the proxy, with CONNECT
+        parts: list[bytes] = []
+        connection.send = parts.append  # http.client sends head and body apart
+        connection.request(request.get_method(), request.selector, request.data, headers)
+        del connection.send
+        try:
+            connection.send(b"".join(parts))
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+        return False
+
+    @staticmethod
+    def _response(connection: Any) -> Any:
+        import http.client
+
+        response = connection.getresponse()
+        while response.status < 200:  # http.client passes over 100 only
+            response.headers = None
+            response.begin()
+        if response.fp.raw.ended:  # which http.client takes for the end of the headers
+            raise http.client.HTTPException("answer cut short: it ends within its headers")
+        return response
 
     @staticmethod
     def _timed_response(deadline: float) -> Callable[..., Any]:
@@ -2657,16 +3112,24 @@ class _UrllibTransport:
 
     @staticmethod
     def _read(response: Any) -> bytes:
-        if (response.length or 0) <= MAX_ANSWER_BYTES:
-            # Of a given length without a limit, because read() alone notices that some of it is missing.
-            body: bytes = (
-                response.read()
-                if response.length is not None
-                else response.read(MAX_ANSWER_BYTES + 1)
-            )
-            if len(body) <= MAX_ANSWER_BYTES:
+        import http.client
+
+        failure = f"the answer is larger than {MAX_ANSWER_BYTES} bytes"
+        try:
+            body = b""
+            if response.length is None:
+                body = response.read(MAX_ANSWER_BYTES + 1)
+            elif response.length <= MAX_ANSWER_BYTES:
+                body = response.read()  # without a limit it notices that some is missing
+            if max(len(body), response.length or 0) <= MAX_ANSWER_BYTES:
                 return body
-        raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+        except (OSError, http.client.HTTPException) as exc:
+            if _is_from_handler(exc):
+                raise
+            failure = str(exc) or type(exc).__name__
+        # Out here, because an IncompleteRead holds what was read, up to 16 MiB. Not an OSError: the
+        # server has begun to answer, so this is not a connection that was found dead.
+        raise http.client.HTTPException(f"answer cut short: {failure}")
 
     def _connect(self, request: Any, deadline: float) -> Any:
         import http.client
@@ -2681,15 +3144,16 @@ class _UrllibTransport:
             if request._tunnel_host:
                 pass_on = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
                 connection.set_tunnel(request._tunnel_host, headers=pass_on)
-                connection.response_class = self._timed_response(
-                    deadline
-                )  # for the proxy's answer to CONNECT
+                # For the proxy's answer to CONNECT:
+                connection.response_class = self._timed_response(deadline)
             try:
                 connection.connect()
             except BaseException:
                 connection.close()
                 raise
         except (OSError, http.client.HTTPException, ValueError) as exc:
+            if _is_from_handler(exc):
+                raise
             raise _NeverSent(
                 f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}"
             ) from exc
@@ -2730,9 +3194,13 @@ class _UrllibTransport:
         """Close this process's copies of the parent's sockets; the parent's connections stay open."""
         self._pid, self._lock = os.getpid(), threading.Lock()
         idle, self._idle = self._idle, {}
+        busy, self._busy = self._busy, set()
         for kept in idle.values():
             for connection, _ in kept:
                 connection.close()
+        for connection in busy:  # a greenlet may go on here that waits for the parent's answer
+            if connection.sock is not None:
+                os.close(connection.sock.detach())
 
     def close(self) -> None:
         self._closed = True
@@ -2755,11 +3223,23 @@ def _has_input(sock: Any) -> bool:
 
 
 class _Link:
-    """Make attempts through the configured transport: adds the headers, and returns whatever happens."""
+    """Make attempts through the configured transport: add the headers, and return what happens.
+
+    Imports all that attempts need when it is made: in the caller's thread, before there are any
+    others. A fork, or uWSGI's own in C, must not catch one of them in the middle of an import.
+    """
 
     def __init__(self, config: Config) -> None:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
+        names = ["logging", "email.utils", "http.client"]
+        if isinstance(self._transport, _UrllibTransport):
+            names += ["select", "urllib.request", "encodings.idna", "ssl"]
+        for name in names if not config.disabled else ():
+            try:
+                importlib.import_module(name)
+            except ImportError:  # not every Python has ssl; what needs it says so
+                pass
 
     def attempt(
         self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
@@ -2773,40 +3253,23 @@ class _Link:
             answer: Any = self._transport(method, url, body, headers, timeout)
             status, content, fields = answer
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
-                raise TypeError(
-                    f"transport returned {type(status).__name__}, {type(content).__name__}"
-                )
+                kinds = f"{type(status).__name__}, {type(content).__name__}"
+                raise TypeError(f"transport returned {kinds}")
             fields = {str(name): str(value) for name, value in fields.items()}
-        except (
-            BaseException
-        ) as exc:  # a transport may be the application's; its errors end no sender
-            main = threading.current_thread() is threading.main_thread()
-            ours = isinstance(
-                self._transport, _UrllibTransport
-            )  # which raises nothing else than these
-            if main and not isinstance(exc, (OSError, ValueError) if ours else Exception):
-                raise _without_key(
-                    exc, ""
-                ) from None  # what a signal handler has raised, above all Ctrl-C
+        except (MemoryError, RecursionError):  # this thread's, not the network's
+            raise
+        except Exception as exc:  # a transport may be the application's; its errors end no sender
+            if _is_from_handler(exc):
+                raise
             return _Answer(0, cause=_without_key(exc, self._key))
+        except BaseException as exc:  # above all Ctrl-C
+            raise _without_key(exc, "") from None
         if not 200 <= status < 300:
             content = _masked(bytes(content), self._key)
+            for name, value in fields.items():
+                masked = _masked(value.encode("utf-8", "replace"), self._key)
+                fields[name] = masked.decode("utf-8", "replace")
         return _Answer(status, bytes(content), fields)
-
-    def preload(self) -> None:
-        """Import what attempts need, at a moment that a fork waits for; what fails here fails again in its place."""
-        import importlib
-
-        names = ["email.utils", "http.client"]
-        if isinstance(
-            self._transport, _UrllibTransport
-        ):  # urllib before ssl, which not every Python has
-            names += ["select", "urllib.request", "encodings.idna", "ssl"]
-        try:
-            for name in names:
-                importlib.import_module(name)
-        except ImportError:
-            pass
 
     def after_fork(self) -> None:
         getattr(self._transport, "after_fork", lambda: None)()
@@ -2867,6 +3330,26 @@ def _is_repeatable(method: str, path: str) -> bool:
     return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
 
 
+def _no_log(*given: object) -> ChirrOpValidationError:
+    """Return the error for what was given in place of a Log."""
+    return ChirrOpValidationError(
+        f"entry must be a Log, got {', '.join(map(_show, given))}:"
+        " write log(chirrop.Log(event, value)), or try_log(event, value)"
+    )
+
+
+def _as_given(values: Sequence[object]) -> bytes:
+    """Return arguments that make no Log as a JSON object, as near as it can come."""
+    fields = {}
+    for name, value in zip(_LOG_FIELDS, values):
+        try:
+            if value is not None:
+                fields[name] = json.loads(json.dumps(value))
+        except Exception:  # the value's own methods may raise anything
+            fields[name] = _show(value)
+    return json.dumps(fields).encode()
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -2898,7 +3381,7 @@ class Client:
             buffer = SqliteSpool(spool) if isinstance(spool, (str, os.PathLike)) else spool.fresh()
         self._outbox = _Outbox(buffer, config)
         self._sender = _Sender(self._outbox, self._link, config)
-        buffer.warn = lambda text, note=self._sender.report.note: note(_WARNING, text)
+        buffer.warn = lambda text, note=self._sender.report.note: note("spool", _WARNING, text)
         self._sender.owner = weakref.ref(self, self._sender.abandon)
         if not config.disabled:
             _open_senders.add(self._sender)
@@ -2916,7 +3399,7 @@ class Client:
 
     # Events.
 
-    def log(self, entry: Log) -> None:
+    def log(self, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log for sending and return at once; the network is never touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
@@ -2925,22 +3408,53 @@ class Client:
         dropped and reported.
 
         Args:
-            entry: a Log.
+            entry: a Log, and nothing else.
 
         Raises:
             ChirrOpValidationError: `entry` is not a Log.
             ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
         """
-        if type(entry) is not Log and not isinstance(entry, Log):
-            raise ChirrOpValidationError(f"entry must be a Log, got {_show(entry)}")
+        if misplaced or (type(entry) is not Log and not isinstance(entry, Log)):
+            raise _no_log(entry, *misplaced)
         if self.config.disabled:
             return
         sender = self._sender
         if sender.pid != os.getpid():  # as _here() has it, without the call
             _after_fork()
-        late = self._outbox.put(entry._body)
-        if late:
-            sender.report.late(late)
+        sender.put(entry._body)
+
+    def try_log(
+        self,
+        event: str,
+        value: float,
+        agent: str | None = None,
+        log_id: object = None,
+        meta: object = None,
+        occurred_at: datetime | str | None = None,
+    ) -> bool:
+        """Make a Log and queue it like `log`, but drop and report one that cannot be taken.
+
+        For error handlers, which must not fail for their telemetry. A log that breaks a rule
+        ("invalid") or finds no room ("full") is counted as accepted and dropped, and reported like
+        every drop: on_drop gets the arguments, with text in place of what JSON cannot hold.
+
+        Args:
+            event, value, agent, log_id, meta, occurred_at: as for Log.
+
+        Returns:
+            False if it was invalid or there was no room; nothing is raised for either.
+        """
+        reason = "invalid"
+        try:
+            entry = Log(event, value, agent, log_id, meta, occurred_at)
+            reason = "full"
+            self.log(entry)
+            return True
+        except ChirrOpError as exc:
+            given = (event, value, agent, log_id, meta, occurred_at)
+            _without_key(exc, "")  # its traceback would hold the caller's frames
+            self._here().refuse(reason, _as_given(given), exc)
+            return False
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what was queued before this call, now, and wait for it.
@@ -2961,7 +3475,8 @@ class Client:
         limit = None if timeout is None else _seconds("timeout", timeout)
         if self.config.disabled:
             return True
-        return self._here().flush(limit)
+        sender = self._here()
+        return sender.flush(sender.deadline(limit))
 
     def close(self, timeout: float | None = None) -> bool:
         """Flush, then end the threads and close the connections; further logs are dropped and reported.
@@ -2976,7 +3491,10 @@ class Client:
             True only if everything was delivered.
         """
         limit = None if timeout is None else _seconds("timeout", timeout)
-        return self._here().close(limit)
+        if limit is None and self.config.spool is not None:  # what is left stays on disk
+            limit = self.config.exit_timeout
+        sender = self._here()
+        return sender.close(sender.deadline(limit))
 
     def shutdown(self) -> bool:
         """Do the same as close()."""
@@ -2998,16 +3516,15 @@ class Client:
         logs = [entries] if isinstance(entries, Log) else list(entries)
         for entry in logs:
             if not isinstance(entry, Log):
-                raise ChirrOpValidationError(f"entries must be Logs, got {_show(entry)}")
+                raise _no_log(entry)
         if self.config.disabled:
             return
+        policy = _Policy(_INGEST, self.config.retries, self.config.timeout, MAX_RETRY_AFTER)
         for start in range(0, len(logs), MAX_BATCH):
             items = [entry._body for entry in logs[start : start + MAX_BATCH]]
             body = b"[" + b",".join(items) + b"]"
-            self._attempts(
-                "POST", self.config.api_endpoint, body, self.config.retries, True, MAX_RETRY_AFTER
-            )
-            self._outbox.count_direct(len(items))
+            self._attempts(policy, "POST", self.config.api_endpoint, body, True)
+            self._outbox.count_delivered(len(items))
 
     def stats(self) -> Stats:
         """Return the account of this client's logs at this moment; see Stats. Does not block."""
@@ -3025,11 +3542,15 @@ class Client:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
         `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
-        async functions; each call is measured on its own.
+        async functions; each call is measured on its own. Where the beginning and the end are in
+        two places, like the hooks of a web framework, start() and stop() do the same. What cannot
+        be logged is dropped and reported, as by try_log.
 
             with client.timer("task.duration_ms"): ...
             @client.timer("task.duration_ms", agent="worker")
             async def task(): ...
+            timer = client.timer("request.duration_ms").start()
+            timer.stop("error" if failed else "success")
 
         Args:
             event, agent: as for Log.
@@ -3057,13 +3578,11 @@ class Client:
                 if sender.outbox.held():
                     try:
                         left = context.get_remaining_time_in_millis() / 1000
-                        sender.flush(
-                            max(0.0, min(left - 0.2, 86400.0))
-                        )  # 0.2 s for the return itself
+                        # 0.2 s for the return itself
+                        self.flush(max(0.0, min(left - 0.2, 86400.0)))
                     except Exception as exc:  # not a Lambda context
-                        sender.report.note(
-                            _ERROR, f"no flush after the handler: {type(exc).__name__}: {exc}"
-                        )
+                        text = f"no flush after the handler: {type(exc).__name__}: {exc}"
+                        sender.report.note("lambda", _ERROR, text)
 
         return run  # type: ignore[return-value]
 
@@ -3140,14 +3659,9 @@ class Client:
             url += "?" + urllib.parse.urlencode(pairs)
         data = None if body is None else _encode_json("body", body)
         method = method.upper()
-        answer = self._attempts(
-            method,
-            url,
-            data,
-            self._servicer_retries,
-            _is_repeatable(method, path),
-            MAX_SERVICER_WAIT,
-        )
+        repeatable = _is_repeatable(method, path)
+        policy = _Policy(_CONTROL, self._servicer_retries, self._timeout, MAX_SERVICER_WAIT)
+        answer = self._attempts(policy, method, url, data, repeatable)
         if not answer.body.strip():
             return {}
         try:
@@ -3156,35 +3670,32 @@ class Client:
             raise ChirrOpTransportError(f"HTTP {answer.status}: the answer is not JSON") from None
 
     def _attempts(
-        self,
-        method: str,
-        url: str,
-        body: bytes | None,
-        retries: int,
-        repeatable: bool,
-        longest: float,
+        self, policy: _Policy, method: str, url: str, body: bytes | None, repeatable: bool
     ) -> _Answer:
-        """Return a 2xx answer, after up to `retries` further attempts, or raise."""
-        timeout = self.config.timeout if url == self.config.api_endpoint else self._timeout
+        """Return a 2xx answer, after the further attempts that the policy allows, or raise."""
         attempt = 0
         while True:
             attempt += 1
-            answer = self._link.attempt(method, url, body, timeout, repeatable)
-            verdict = _verdict(answer.status)
+            answer = self._link.attempt(method, url, body, policy.timeout, repeatable)
+            verdict = _verdict(policy.verdicts, answer.status)
             if verdict == _DELIVERED:
                 return answer
             error = answer.error()
-            again = verdict == _RETRY and (
-                repeatable or answer.status == 429 or answer.never_sent()
-            )
-            if not again or attempt > retries or (error.retry_after or 0.0) > longest:
+            harmless = repeatable or answer.status == 429 or answer.never_sent()
+            wait = error.retry_after or 0.0
+            if (
+                verdict != _RETRY
+                or not harmless
+                or attempt > policy.retries
+                or wait > policy.longest
+            ):
                 raise error
             if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
                 raise error
 
     def _pause(self, seconds: float) -> bool:
         """Wait; return True at once when the client is being closed."""
-        return self._sender.closing.wait(seconds)
+        return self._sender.pause(seconds)
 
     # Events, their logs and analytics.
 
@@ -3274,7 +3785,11 @@ class Client:
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
     def get_event_analytics(
-        self, event_id: str, view: View, period: Window, previous: Previous
+        self,
+        event_id: str,
+        view: View = "window",
+        period: Window = "1h",
+        previous: Previous = "previous_window",
     ) -> Analytics:
         """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
 
@@ -3354,9 +3869,10 @@ class Client:
     def get_alert_deliveries(
         self,
         alert_id: str,
-        kind: DeliveryKind | None = None,
         limit: int | None = None,
         offset: int | None = None,
+        *,
+        kind: DeliveryKind | None = None,
     ) -> list[Delivery]:
         """Return the attempts to deliver an alert to its destinations.
 
@@ -3364,9 +3880,9 @@ class Client:
 
         Args:
             alert_id: which alert, or the alert_id that test_destination returned.
-            kind: "alert", "test" or "all"; None is real alerts.
             limit: deliveries at most, from 1.
             offset: deliveries to skip, from 0.
+            kind: "alert", "test" or "all"; None is real alerts.
         """
         query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
         query.update(_page(limit, offset))
@@ -3379,7 +3895,9 @@ class Client:
 
         GET /v1.0/alerts/{alert_id}/deliveries
         """
-        return _pages(lambda offset: self.get_alert_deliveries(alert_id, kind, page_size, offset))
+        return _pages(
+            lambda offset: self.get_alert_deliveries(alert_id, page_size, offset, kind=kind)
+        )
 
     def acknowledge_alert(self, alert_id: str) -> Alert:
         """Mark an alert as seen and return it.
@@ -3479,26 +3997,26 @@ class _Timer:
         if meta is not None and not isinstance(meta, dict):
             raise ChirrOpValidationError(f"meta must be a dict, got {_show(meta)}")
         self._client, self._event, self._agent, self._meta = client, event, agent, dict(meta or {})
-        self._log(0.0, "success")
+        Log(event, 0, agent, meta={**self._meta, "result": "success"})
         self._starts: list[float] = []
 
-    def _log(self, milliseconds: float, result: str) -> Log:
-        return Log(
-            self._event, round(milliseconds, 3), self._agent, meta={**self._meta, "result": result}
-        )
-
-    def __enter__(self) -> _Timer:
+    def start(self) -> _Timer:
+        """Begin to measure, and return this timer; a start within a start has a stop of its own."""
         self._starts.append(time.perf_counter())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        elapsed = (time.perf_counter() - self._starts.pop()) * 1000
-        try:
-            self._client.log(self._log(elapsed, "success" if kind is None else "error"))
-        except ChirrOpError as exc:  # a full queue: the measured code must not fail for it
-            self._client._sender.report.note_once(
-                _WARNING, f"a timer's log was not accepted: {exc}"
+    def stop(self, result: str = "success") -> None:
+        """Log the milliseconds since the last start(); do nothing when there is none to stop."""
+        if self._starts:
+            elapsed = round((time.perf_counter() - self._starts.pop()) * 1000, 3)
+            self._client.try_log(
+                self._event, elapsed, self._agent, meta={**self._meta, "result": result}
             )
+
+    __enter__ = start
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop("success" if kind is None else "error")
 
     def _again(self) -> _Timer:
         return _Timer(self._client, self._event, self._agent, self._meta)
@@ -3537,9 +4055,12 @@ def new_client(
         if fields or api_key is not None:
             raise ChirrOpValidationError("give either a config or its fields, not both")
         return Client(config)
-    unknown = sorted(set(fields) - set(Config.__init__.__annotations__))
+    names = [name for name in Config.__init__.__annotations__ if name != "return"]
+    unknown = sorted(set(fields) - set(names))
     if unknown:
-        raise ChirrOpValidationError(f"Config has no field {', '.join(unknown)}")
+        raise ChirrOpValidationError(
+            f"Config has no field {', '.join(unknown)}: it has {', '.join(names)}"
+        )
     return Client(Config(api_key, **fields))
 
 
@@ -3567,7 +4088,7 @@ class ChirrOp:
         config, api_key = _hidden(config), _hidden(api_key)
         client = None if cls._slot else new_client(config, api_key=api_key, **fields)
         if client is None or cls._slot.setdefault("client", client) is not client:
-            raise ChirrOpError("ChirrOp SDK is already initialized")
+            raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
         return client
 
     @classmethod
@@ -3580,9 +4101,9 @@ class ChirrOp:
             ) from None
 
     @classmethod
-    def log_event(cls, entry: Log) -> None:
+    def log_event(cls, entry: Log, *misplaced: NoReturn) -> None:
         """Queue one log; see Client.log. Raises ChirrOpError before initialize()."""
-        cls._get().log(entry)
+        cls._get().log(entry, *misplaced)
 
     @classmethod
     def flush(cls, timeout: float | None = None) -> bool:
@@ -3606,14 +4127,17 @@ initialize, log_event, flush, stop = (
 
 # ---- Sandbox --------------------------------------------------------------
 # In: requests, as any transport takes them. Out: the answers ChirrOp would give.
-# Starts no thread and opens no socket (the server of _serve_sandbox does); one
-# lock guards all state, and no scripted delay is waited for under it.
+# Its rules are written from the service's contract and use none of the SDK's checks, numbers or
+# vocabularies, so that each can contradict the other. Starts no thread and opens no socket (the
+# server of _serve_sandbox does); one lock guards all state, and no scripted delay is waited for
+# under it.
 
 if TYPE_CHECKING:
     _Row = dict[str, Any]
     _Reply = tuple[int, bytes, dict[str, str]]
 
 _SANDBOX_BODY_BYTES = 16 << 20  # the served sandbox answers 413 above this
+_SANDBOX_HOSTS = ("127.0.0.1", "localhost", "::1")  # of this machine alone
 _SANDBOX_USER = "00000000-0000-4000-8000-000000000001"
 _SANDBOX_IDS = {
     "events": "event_id",
@@ -3621,10 +4145,17 @@ _SANDBOX_IDS = {
     "alerts": "alert_id",
     "destinations": "destination_id",
 }
-# What a client may set: name -> (type or vocabulary, default); None: required.
+_SANDBOX_CODES = {
+    400: "BAD_REQUEST", 401: "INVALID_TOKEN", 403: "FORBIDDEN", 404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED", 413: "PAYLOAD_TOO_LARGE", 415: "UNSUPPORTED_MEDIA_TYPE",
+    422: "UNPROCESSABLE", 429: "RATE_LIMITED", 503: "OVERLOADED",
+}  # fmt: skip
+_SANDBOX_PERIODS = ("minute", "hour", "day")
+_SANDBOX_STATUSES = ("triggered", "acknowledged", "resolved", "archived")  # the order of a life
+# What a client may set: name -> (type or vocabulary, default); ...: required.
 _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
     "events": {
-        "event": (str, None),
+        "event": (str, ...),
         "agent": (str, ""),
         "title": (str, ""),
         "description": (str, ""),
@@ -3633,23 +4164,23 @@ _SANDBOX_FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "public": (bool, False),
     },
     "policies": {
-        "event_id": (str, None),
+        "event_id": (str, ...),
         "title": (str, ""),
         "description": (str, ""),
         "channel": (str, "ops"),
-        "period": (_PERIODS, None),
-        "aggregate": (_AGGREGATES, None),
-        "condition": (_CONDITIONS, None),
-        "threshold": (float, None),
-        "severity": (_SEVERITIES, "warning"),
+        "period": (_SANDBOX_PERIODS, ...),
+        "aggregate": (("sum", "count", "average", "min", "max", "p95_est", "p99_est"), ...),
+        "condition": (("gt", "lt", "eq", "gte", "lte"), ...),
+        "threshold": (float, ...),
+        "severity": (("info", "warning", "error", "critical"), "warning"),
         "enabled": (bool, True),
     },
     "destinations": {
-        "channel": (_CHANNELS, None),
+        "channel": (("slack", "discord", "telegram", "email", "webhook"), ...),
         "url": (str, ""),
-        "credentials": (dict, {}),
+        "credentials": (dict, None),
         "scope": (str, "all"),
-        "policy_ids": (list, []),
+        "policy_ids": (list, ()),
         "enabled": (bool, True),
     },
 }
@@ -3675,46 +4206,108 @@ _SANDBOX_CONDITIONS = {
     "gte": float.__ge__,
     "lte": float.__le__,
 }
+_SANDBOX_NEVER = "0001-01-01T00:00:00Z"  # what Go's zero time looks like: no time was given
+_sandbox_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class _SandboxRefusal(Exception):
-    """An answer that is not 2xx: the text of its error, and its status."""
+    """An answer other than 2xx: its text, its status, and its code where that is a special one."""
 
 
-def _sandbox_need(good: object, text: str, status: int = 400) -> None:
+def _sandbox_need(good: object, text: str, status: int = 400, code: str = "") -> None:
     if not good:
-        raise _SandboxRefusal(text, status)
+        raise _SandboxRefusal(text, status, code)
+
+
+def _sandbox_error(text: str, status: int, code: str = "") -> _Reply:
+    code = code or _SANDBOX_CODES.get(status, "INTERNAL_ERROR")
+    return _sandbox_answer(status, {"error": {"code": code, "message": text}})
 
 
 def _sandbox_answer(status: int, content: Any) -> _Reply:
     """Return an answer whose body is text or bytes as they are, or else JSON."""
     if isinstance(content, (str, bytes)):
         return status, content.encode() if isinstance(content, str) else content, {}
-    return status, _encode_json("answer", content), {"Content-Type": "application/json"}
+    return status, _sandbox_text(content).encode(), {"Content-Type": "application/json"}
 
 
 def _sandbox_json(body: bytes | None) -> tuple[Any, str]:
     """Return the parsed body and, where it is not strict JSON, the reason."""
     try:
-        parsed = json.loads(body) if body else None
-        _encode_json("body", parsed)  # json.loads() takes NaN and lone surrogates
+        parsed = json.loads(body.decode()) if body else None
+        _sandbox_text(parsed).encode()  # json.loads() takes NaN and lone surrogates
         return parsed, ""
     except (ValueError, RecursionError) as exc:
         return None, f"body is not valid JSON: {exc}"
 
 
 def _sandbox_copy(value: Any) -> Any:
-    return json.loads(_encode_json("value", value))
+    return json.loads(_sandbox_text(value))
 
 
-def _sandbox_id(text: str | None = None) -> str:
-    """Return `text` as a canonical UUID, or a new one."""
+def _sandbox_id(name: str, text: str) -> str:
+    """Return a UUID in its canonical form; no other form will do."""
+    import re
+
+    form = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+    _sandbox_need(re.fullmatch(form, text.lower()), f"{name} must be a UUID, got {text!r:.80}")
+    return text.lower()
+
+
+def _sandbox_new_id() -> str:
     import uuid
 
+    return str(uuid.uuid4())
+
+
+def _sandbox_time(text: str) -> datetime:
+    """Return the moment that ISO 8601 text names, to the microsecond; without an offset in UTC."""
+    import re
+
+    parts = re.fullmatch(
+        r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(:[0-9]{2})?([.,][0-9]+)?"
+        r"([Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))?",
+        text.strip(),
+    )
     try:
-        return str(uuid.uuid4() if text is None else uuid.UUID(text))
-    except ValueError as exc:
-        raise _SandboxRefusal(f"id must be a UUID, got {text!r:.80}", 400) from exc
+        if parts is None:
+            raise ValueError("another form")
+        day, minute, second, fraction, _, sign, hours, minutes = parts.groups()
+        at = datetime.fromisoformat(f"{day}T{minute}{second or ':00'}").replace(
+            microsecond=int(f"{(fraction or '.')[1:]:0<6.6}"), tzinfo=timezone.utc
+        )
+        ahead = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+        return at + ahead if sign == "-" else at - ahead
+    except (ValueError, OverflowError) as exc:
+        text = f"occurred_at must be an ISO 8601 date and time, got {text!r:.80}"
+        raise _SandboxRefusal(text, 400) from exc
+
+
+def _sandbox_log(fields: Any, now: datetime) -> _Row:
+    """Return a log as it is kept: a rule a line, each from the contract."""
+    _sandbox_need(isinstance(fields, dict), "must be an object")
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in ("event", "agent", "log_id", "occurred_at"):
+        _sandbox_need(isinstance(given.get(name, ""), str), f"{name} must be a string")
+    event, agent, log_id = (given.get(name, "").strip() for name in ("event", "agent", "log_id"))
+    _sandbox_need(event, "event is required")
+    _sandbox_need("value" in given, "value is required")
+    _sandbox_need(_sandbox_fits(given["value"], float), "value must be a finite number")
+    time_given = given.get("occurred_at", _SANDBOX_NEVER)
+    at = now if time_given == _SANDBOX_NEVER else _sandbox_time(time_given)
+    text = f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {time_given}"
+    _sandbox_need(now - timedelta(days=30) <= at <= now + timedelta(days=1), text)
+    log_id = _sandbox_id("log_id", log_id) if log_id else _sandbox_new_id()
+    log = {"log_id": log_id, "event": event, "value": given["value"], "occurred_at": _iso(at)}
+    if agent:
+        log["agent"] = agent
+    if "meta" in given:
+        log["meta"] = meta = given["meta"]
+        few = not isinstance(meta, dict) or len(meta) <= 10
+        _sandbox_need(few, "meta must have at most 10 top-level keys")
+        small = len(_sandbox_text(meta).encode()) <= 1024
+        _sandbox_need(small, "meta must encode to at most 1024 bytes")
+    return log
 
 
 def _sandbox_zone(name: str) -> Any:
@@ -3730,7 +4323,9 @@ def _sandbox_zone(name: str) -> Any:
 
 def _sandbox_choice(query: _Row, name: str, choices: tuple[str, ...], default: str = "") -> str:
     value = str(query.get(name, default))
-    _sandbox_need(value in choices, f"{name} must be one of {', '.join(choices)}")
+    _sandbox_need(
+        value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r:.80}"
+    )
     return value
 
 
@@ -3748,21 +4343,27 @@ def _sandbox_fits(value: Any, rule: Any) -> bool:
     if isinstance(rule, tuple):
         return value in rule
     if rule is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        try:
+            return type(value) in (int, float) and math.isfinite(value)
+        except OverflowError:  # an integer beyond the range of floats
+            return False
     return isinstance(value, rule)
 
 
 def _sandbox_fields(kind: str, given: Any, record: _Row) -> _Row:
-    """Return what a client may set: as given, else as it is, else the default."""
+    """Return what a client may set: as given, else as it is, else the default.
+
+    Go's clients send "" for what was never set: where only certain texts make sense, it means that.
+    """
     _sandbox_need(isinstance(given, dict), "body must be a JSON object")
     fields = {}
     for name, (rule, default) in _SANDBOX_FIELDS[kind].items():
         value = given.get(name)
-        if value is None:
-            value = record.get(name, _sandbox_copy(default))
-        _sandbox_need(value is not None, f"{name} is required")
+        if value is None or (value == "" and default != ""):
+            value = record.get(name, default)
+        _sandbox_need(value is not ..., f"{name} is required")
         words = _SANDBOX_TYPES.get(rule) or f"one of {', '.join(rule)}"
-        _sandbox_need(_sandbox_fits(value, rule), f"{name} must be {words}")
+        _sandbox_need(value is default or _sandbox_fits(value, rule), f"{name} must be {words}")
         fields[name] = value
     return fields
 
@@ -3797,6 +4398,7 @@ def _sandbox_aggregates(bucket: _Row) -> _Row:
         **bucket,
         "sum": bucket["value"],
         "average": mean,
+        "mean": mean,
         "stddev": stddev,
         "p95_est": mean + 1.645 * stddev,
         "p99_est": mean + 2.326 * stddev,
@@ -3804,21 +4406,17 @@ def _sandbox_aggregates(bucket: _Row) -> _Row:
 
 
 def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
-    """Return the `data` of analytics; an empty window has no mean and no stddev."""
+    """Return the `data` of analytics: all are numbers, 0 where there is nothing to divide by."""
     data: _Row = {}
     for when in ("current", "previous"):
         seen = _sandbox_aggregates(windows[when]) if when in windows else {}
-        data[f"{when}_value"] = seen.get("value", 0)
-        data[f"{when}_count"] = seen.get("count", 0)
-        data[f"{when}_mean"] = seen.get("average")
-        data[f"{when}_stddev"] = seen.get("stddev")
+        for name in ("value", "count", "mean", "stddev"):
+            data[f"{when}_{name}"] = seen.get(name, 0)
     for name in ("value", "count", "mean"):
-        now, before = data[f"current_{name}"], data[f"previous_{name}"]
-        known = None not in (now, before)
-        data[f"{name}_delta"] = _sandbox_finite(now - before) if known else None
-        data[f"{name}_pct_change"] = (
-            _sandbox_finite((now - before) / abs(before) * 100) if known and before else None
-        )
+        before = data[f"previous_{name}"]
+        delta = _sandbox_finite(data[f"current_{name}"] - before)
+        data[f"{name}_delta"] = delta
+        data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100) if before else 0
     return data
 
 
@@ -3828,12 +4426,15 @@ class Sandbox:
         sandbox = Sandbox()
         client = new_client(api_key="chp_sandbox", transport=sandbox)
 
-    It refuses what ChirrOp refuses. Policies are evaluated at each request that
-    brings logs; deliveries are recorded, never sent; lists come oldest first.
+    It refuses what ChirrOp refuses, in ChirrOp's words. Policies are evaluated at each
+    request that brings logs. Nothing is ever sent to a destination: a delivery is recorded,
+    and says so in its `error_message`. Rollups come newest first, other lists oldest first.
     Thread-safe, and what it hands out are copies.
 
     Args:
         key: the only API key accepted; None: any that starts with "chp_".
+        quota: logs it takes before it answers 403 QUOTA_EXCEEDED; None: no limit. The
+            attribute of this name may be changed at any time.
         clock: returns the time, in seconds since the epoch.
         sleep: waits out a scripted delay, in seconds.
     """
@@ -3842,10 +4443,12 @@ class Sandbox:
         self,
         *,
         key: str | None = None,
+        quota: int | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._key, self._clock, self._sleep = key, clock, sleep
+        self.quota = quota
         self._lock = threading.RLock()  # guards all that reset() makes
         self.reset()
 
@@ -3904,9 +4507,9 @@ class Sandbox:
             status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
-            if body is None:
-                body = {"error": f"scripted {status}"} if status >= 400 else b""
-            answer = _sandbox_answer(status, body)
+            answer = _sandbox_answer(status, b"" if body is None else body)
+            if body is None and status >= 400:
+                answer = _sandbox_error(f"scripted {status}", status)
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
@@ -3945,7 +4548,7 @@ class Sandbox:
             raise ConnectionResetError("connection dropped, as scripted")
         with self._lock:
             request["status"] = status
-        return status, content, dict(extra)
+        return status, b"" if method == "HEAD" else content, dict(extra)
 
     def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
         """Record a request; return the record, what is wrong with its body, its fault."""
@@ -3973,14 +4576,16 @@ class Sandbox:
     def _answer(self, request: _Row, problem: str, headers: Mapping[str, str]) -> _Reply:
         given = {name.lower(): value for name, value in headers.items()}
         scheme, _, key = given.get("authorization", "").partition(" ")
-        valid = scheme.lower() == "bearer" and key.startswith("chp_") and self._key in (None, key)
+        valid = scheme.lower() == "bearer" and key.startswith("chp_") and key != "chp_"
+        coding = given.get("content-encoding", "identity")
         try:
-            _sandbox_need(valid, "invalid API key", 401)
+            _sandbox_need(valid and self._key in (None, key), "invalid API key", 401)
+            text = f"a body must be plain JSON, without Content-Encoding {coding!r:.80}"
+            _sandbox_need(coding.lower() == "identity", text, 415)
             with self._lock:
                 return _sandbox_answer(200, self._route(request, problem))
         except _SandboxRefusal as exc:
-            text, status = exc.args
-            return _sandbox_answer(status, {"error": text})
+            return _sandbox_error(*exc.args)
 
     def _route(self, request: _Row, problem: str) -> Any:
         """Return what the handler of the request in _ROUTES returns."""
@@ -3989,12 +4594,13 @@ class Sandbox:
         path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
         shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
         methods = self._ROUTES.get(shape, {})
+        method = "GET" if request["method"] == "HEAD" else request["method"]
         _sandbox_need(methods, "no such route", 404)
-        _sandbox_need(request["method"] in methods, "method not allowed", 405)
+        _sandbox_need(method in methods, "method not allowed", 405)
         _sandbox_need(not problem, problem)
         if len(path) > 1:
-            path[1] = _sandbox_id(path[1])
-        return methods[request["method"]](self, path, request["query"], request["body"])
+            path[1] = _sandbox_id("id", path[1])
+        return methods[method](self, path, request["query"], request["body"])
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), timezone.utc)
@@ -4003,27 +4609,29 @@ class Sandbox:
 
     def _ingest(self, path: list[str], query: _Row, body: Any) -> bytes:
         _sandbox_need(isinstance(body, list), "body must be a JSON array of logs")
-        _sandbox_need(
-            0 < len(body) <= MAX_BATCH,
-            f"a request must hold 1 to {MAX_BATCH} logs, got {len(body)}",
-        )
-        fresh: dict[str, set[datetime]] = {}
+        text = f"a request must hold 1 to 250 logs, got {len(body)}"
+        _sandbox_need(0 < len(body) <= 250, text)
+        fresh: dict[str, _Row] = {}
         for log in [self._check(index, fields) for index, fields in enumerate(body)]:
             if log["log_id"] not in self._logs:
-                self._logs[log["log_id"]] = log
-                event_id, at = self._take(log)
-                fresh.setdefault(event_id, set()).add(at)
+                fresh.setdefault(log["log_id"], log)
+        room = self.quota is None or len(self._logs) + len(fresh) <= self.quota
+        _sandbox_need(room, "monthly log quota exceeded", 403, "QUOTA_EXCEEDED")
+        self._logs.update(fresh)
+        times: dict[str, set[datetime]] = {}
+        for log in fresh.values():
+            event_id, at = self._take(log)
+            times.setdefault(event_id, set()).add(at)
         for policy in self._stores["policies"].values():
-            if policy["enabled"] and policy["event_id"] in fresh:
-                self._judge(policy, fresh[policy["event_id"]])
+            if policy["enabled"] and policy["event_id"] in times:
+                self._judge(policy, times[policy["event_id"]])
         return b""
 
     def _check(self, index: int, fields: Any) -> _Row:
-        _sandbox_need(isinstance(fields, dict), f"log {index}: must be an object")
         try:
-            log: _Row = json.loads(_encode_log(self._clock(), *map(fields.get, _LOG_FIELDS)))
-        except ChirrOpValidationError as exc:
-            raise _SandboxRefusal(f"log {index}: {exc}", 400) from exc
+            log = _sandbox_log(fields, self._now())
+        except _SandboxRefusal as exc:
+            raise _SandboxRefusal(f"log {index}: {exc.args[0]}", *exc.args[1:]) from exc
         poison = any(predicate(_sandbox_copy(log)) for predicate in self._poison)
         _sandbox_need(not poison, f"log {index}: log_id {log['log_id']} was rejected")
         return log
@@ -4033,7 +4641,7 @@ class Sandbox:
         name = {"agent": log.get("agent", ""), "event": log["event"]}
         event = self._named.get((name["agent"], name["event"]))
         event = event or self._save(["events"], {}, name)
-        at = _parse_time(log["occurred_at"])
+        at = _sandbox_time(log["occurred_at"])
         self._points.setdefault(event["event_id"], []).append((at, float(log["value"])))
         return event["event_id"], at
 
@@ -4058,7 +4666,7 @@ class Sandbox:
 
     def _alert(self, policy: _Row, event: _Row, seen: _Row) -> None:
         alert = {
-            "alert_id": _sandbox_id(),
+            "alert_id": _sandbox_new_id(),
             **policy,
             "agent": event["agent"],
             "event": event["event"],
@@ -4078,15 +4686,16 @@ class Sandbox:
 
     def _deliver(self, kind: str, alert_id: str, destination: _Row) -> None:
         now = destination["last_delivered_at"] = _iso(self._now())
+        chat = destination["credentials"] or {}
         attempt = {
-            "attempt_id": _sandbox_id(),
+            "attempt_id": _sandbox_new_id(),
             "alert_id": alert_id,
             "destination_id": destination["destination_id"],
             "channel": destination["channel"],
-            "target": destination["url"] or str(destination["credentials"].get("chat_id", "")),
+            "target": destination["url"] or str(chat.get("chat_id", "")),
             "status": "sent",
-            "response_status": 200,
-            "error_message": None,
+            "response_status": None,
+            "error_message": "recorded only: a sandbox sends nothing",
             "created_at": now,
         }
         self._attempts.append((kind, attempt))
@@ -4102,7 +4711,7 @@ class Sandbox:
     def _save(self, path: list[str], query: _Row, body: Any) -> _Row:
         """Create or change a resource; a refusal leaves everything as it was."""
         id_name = _SANDBOX_IDS[path[0]]
-        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_id()}
+        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_new_id()}
         fields = _sandbox_fields(path[0], body, record)
         self._COMPLETE[path[0]](self, fields, record)
         record.update(fields)
@@ -4110,36 +4719,39 @@ class Sandbox:
 
     def _complete_event(self, fields: _Row, record: _Row) -> None:
         agent, event = fields["agent"].strip(), record.get("event") or fields["event"].strip()
-        _sandbox_need(event, "event must not be blank")
+        _sandbox_need(event, "event is required")
         _sandbox_zone(fields["timezone"])
         taken = self._named.get((agent, event), record) is not record
         _sandbox_need(not taken, "this agent and event have a definition already", 422)
         self._named.pop((record.get("agent", agent), event), None)
         self._named[agent, event] = record
-        token = (record.get("share_token") or _sandbox_id()) if fields["public"] else None
+        token = record.get("share_token") or _sandbox_new_id()
         created = record.get("created_at", _iso(self._now()))
         fields.update(
             agent=agent, event=event, share_token=token, user_id=_SANDBOX_USER, created_at=created
         )
 
     def _complete_policy(self, fields: _Row, record: _Row) -> None:
-        fields["event_id"] = _sandbox_id(fields["event_id"])
+        fields["event_id"] = _sandbox_id("event_id", fields["event_id"])
         _sandbox_need(fields["event_id"] in self._stores["events"], "event_id is unknown", 422)
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
-        channel, url, credentials = fields["channel"], fields["url"], fields["credentials"]
+        channel, url, credentials = fields["channel"], fields["url"], fields["credentials"] or {}
         for name in _SANDBOX_NEEDS.get(channel, ("url",)):
             given = url if name == "url" else credentials.get(name)
             _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
         scheme, _, rest = url.partition("://")
-        absolute = scheme in ("http", "https") and rest.partition("/")[0]
-        _sandbox_need(absolute or not url, "url must be an absolute http(s) URL")
+        valid = not url or (scheme in ("http", "https") and rest.partition("/")[0])
+        if channel == "email":
+            valid = valid or all(url.partition("@"))
+        _sandbox_need(valid, "url must be an absolute http(s) URL; for email, an address")
         _sandbox_need(
             all(type(item) in (str, int) for item in credentials.values()),
             "credentials must be strings",
         )
-        fields["policy_ids"] = [_sandbox_id(str(item)) for item in fields["policy_ids"]]
-        known = self._stores["policies"].keys() >= set(fields["policy_ids"])
+        policy_ids = [_sandbox_id("policy_ids", str(item)) for item in fields["policy_ids"]]
+        fields.update(credentials=credentials or None, policy_ids=policy_ids)
+        known = self._stores["policies"].keys() >= set(policy_ids)
         _sandbox_need(known, "policy_ids names an unknown policy", 422)
         now = _iso(self._now())
         created, delivered = record.get("created_at", now), record.get("last_delivered_at")
@@ -4148,9 +4760,9 @@ class Sandbox:
         )
 
     def _rollups(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
-        event, period = self._find(path), _sandbox_choice(query, "period", _PERIODS)
+        event, period = self._find(path), _sandbox_choice(query, "period", _SANDBOX_PERIODS)
         same = {name: event[name] for name in ("event_id", "agent", "event")}
-        buckets = sorted(self._buckets(event, period).items())
+        buckets = sorted(self._buckets(event, period).items(), reverse=True)
         rollups = [
             {**same, "period": period, "occurred_at": _iso(start), **bucket}
             for start, bucket in buckets
@@ -4159,18 +4771,17 @@ class Sandbox:
 
     def _analytics(self, path: list[str], query: _Row, _: Any) -> _Row:
         event_id = self._find(path)["event_id"]
-        view = _sandbox_choice(query, "view", _VIEWS)
-        period = _sandbox_choice(query, "period", _WINDOWS)
-        previous = _sandbox_choice(query, "previous", _PREVIOUS)
-        _sandbox_need(
-            previous in _ANALYTICS_PAIRS[period],
-            f"{previous} is not supported with period {period}",
-        )
+        view = _sandbox_choice(query, "view", ("window",))
+        period = _sandbox_choice(query, "period", tuple(_SANDBOX_SPANS))
         windows: dict[str, _Row] = {}
         span, now = _SANDBOX_SPANS[period], self._now()
-        shift = _SANDBOX_SPANS.get(previous[len("previous_") :], span)
+        shifts = {"previous_window": span}
+        shifts.update(
+            (f"previous_{n}", longer) for n, longer in _SANDBOX_SPANS.items() if longer > span
+        )
+        previous = _sandbox_choice(query, "previous", tuple(shifts))
         for at, value in self._points.get(event_id, []):
-            for name, end in (("current", now), ("previous", now - shift)):
+            for name, end in (("current", now), ("previous", now - shifts[previous])):
                 if end - span < at <= end:
                     _sandbox_add(windows, name, value)
         data = _sandbox_compare(windows) if windows else None
@@ -4186,13 +4797,13 @@ class Sandbox:
         alerts = self._list(path)
         if "status" not in query:
             return alerts
-        status = _sandbox_choice(query, "status", _ALERT_STATUSES)
+        status = _sandbox_choice(query, "status", _SANDBOX_STATUSES)
         return [alert for alert in alerts if alert["status"] == status]
 
     def _move_alert(self, path: list[str], *_: Any) -> _Row:
         alert, status = self._find(path), _SANDBOX_VERBS[path[2]]
         if alert["status"] != status:  # repeating a step changes nothing; no step leads back
-            starts = _ALERT_STATUSES[: _ALERT_STATUSES.index(status)]
+            starts = _SANDBOX_STATUSES[: _SANDBOX_STATUSES.index(status)]
             _sandbox_need(
                 alert["status"] in starts,
                 f"cannot {path[2]} an alert that is {alert['status']}",
@@ -4204,14 +4815,14 @@ class Sandbox:
         return alert
 
     def _deliveries(self, path: list[str], query: _Row, _: Any) -> list[_Row]:
-        wanted = _sandbox_choice(query, "kind", _DELIVERY_KINDS, "alert")
+        wanted = _sandbox_choice(query, "kind", ("alert", "test", "all"), "alert")
         attempts = [pair for pair in self._attempts if pair[1]["alert_id"] == path[1]]
         if not attempts:  # the alert of a test is known by its attempt alone
             self._find(path)
         return _sandbox_page([row for kind, row in attempts if wanted in (kind, "all")], query)
 
     def _test(self, path: list[str], *_: Any) -> _Row:
-        destination, alert_id = self._find(path), _sandbox_id()
+        destination, alert_id = self._find(path), _sandbox_new_id()
         self._deliver("test", alert_id, destination)
         return {"alert_id": alert_id, "destination_id": path[1], "status": "sent"}
 
@@ -4240,16 +4851,73 @@ class Sandbox:
     }
 
 
-def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
-    """Return an HTTP server on 127.0.0.1 that answers as `sandbox` does.
+def _sandbox_admit(headers: Any, host: str) -> None:
+    """Refuse web pages, also those whose own name stands for this address.
+
+    With a `host` that others reach, any name will do: a container's, for one.
+    """
+    import re
+
+    origin, name = headers.get("Origin"), headers.get("Host", "")
+    text = f"Origin {origin!r:.80} is refused: a sandbox serves programs, not web pages"
+    _sandbox_need(origin is None, text, 403)
+    own = re.sub(r":[0-9]*$", "", name).strip("[]").lower() in ("", *_SANDBOX_HOSTS)
+    text = f"Host {name!r:.80} is refused: this sandbox serves its own machine; --host opens it"
+    _sandbox_need(own or host not in _SANDBOX_HOSTS, text, 403)
+
+
+def _sandbox_body(headers: Any, stream: Any) -> bytes:
+    """Return a request's body, in chunks or of a given length; too large a one is not read."""
+    coding, length = headers.get("Transfer-Encoding"), headers.get("Content-Length", "0")
+    if coding is not None:
+        text = f"Transfer-Encoding must be chunked, got {coding!r:.80}"
+        _sandbox_need(coding.lower() == "chunked", text)
+        return b"".join(_sandbox_chunks(stream))
+    text = f"Content-Length must be a number of bytes, got {length!r:.80}"
+    _sandbox_need(length.isascii() and length.isdigit(), text)
+    return _sandbox_read(stream, int(length[:20]), 0)
+
+
+def _sandbox_chunks(stream: Any) -> Iterator[bytes]:
+    import re
+
+    taken = 0
+    while True:
+        size = stream.readline(1024).partition(b";")[0].strip()
+        _sandbox_need(re.fullmatch(b"[0-9A-Fa-f]{1,16}", size), "a chunk must begin with its size")
+        if int(size, 16) == 0:
+            break
+        yield _sandbox_read(stream, int(size, 16), taken)
+        taken += int(size, 16)
+        _sandbox_need(stream.readline(2) == b"\r\n", "a chunk must be of the size it gives")
+    for _ in range(100):  # trailers
+        if stream.readline(1024).strip() == b"":
+            return
+    raise _SandboxRefusal("a chunked body must end with a blank line", 400)
+
+
+def _sandbox_read(stream: Any, size: int, taken: int) -> bytes:
+    """Return the next `size` bytes of a body of which `taken` have come."""
+    text = f"a body may have {_SANDBOX_BODY_BYTES} bytes"
+    _sandbox_need(taken + size <= _SANDBOX_BODY_BYTES, text, 413)
+    data: bytes = stream.read(size)
+    if len(data) < size:
+        raise ConnectionResetError("a body was cut short")
+    return data
+
+
+def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
+    """Return an HTTP server that answers as `sandbox` does, and 200 without a key to GET /health.
 
     The caller runs serve_forever() and server_close(). Port 0 takes a free one, which
     server_address tells. A scripted drop closes the connection without an answer.
     """
+    import socket
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        server_version, sys_version = f"chirrop-sandbox/{__version__}", ""
         timeout = 60.0  # seconds that an idle connection may hold a thread
         disable_nagle_algorithm = True  # an answer is two writes
 
@@ -4263,44 +4931,47 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
             pass
 
         def answer(self) -> None:
-            length = self.headers.get("Content-Length", "0")
-            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
-            if host not in ("", "127.0.0.1", "localhost") or "Origin" in self.headers:
-                self.refuse(403, "this sandbox serves programs on this machine, not web pages")
-            elif not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-                self.refuse(400, "a body needs its length in Content-Length")
-            elif len(length) > 9 or int(length) > _SANDBOX_BODY_BYTES:
-                self.refuse(413, f"a body may have {_SANDBOX_BODY_BYTES} bytes")
-            else:
-                body = self.rfile.read(int(length))
-                if len(body) == int(length):
-                    url = "http://127.0.0.1/" + self.path.lstrip("/")
-                    self.reply(sandbox(self.command, url, body, dict(self.headers), math.inf))
+            try:
+                self.reply(self.answered())
+            except _SandboxRefusal as exc:
+                self.close_connection = True
+                self.reply(_sandbox_error(*exc.args))
+                self.connection.settimeout(1.0)
+                while self.rfile.read1(65536):  # closed with data unread, TCP resets the answer
+                    pass
 
-        def refuse(self, status: int, text: str) -> None:
-            self.close_connection = True
-            self.reply(_sandbox_answer(status, {"error": text}))
-            self.connection.settimeout(1.0)
-            while self.rfile.read1(65536):  # closed with data unread, TCP resets the answer
-                pass
+        def answered(self) -> _Reply:
+            _sandbox_admit(self.headers, host)
+            body = _sandbox_body(self.headers, self.rfile)
+            if self.command == "OPTIONS":
+                return 200, b"", {"Allow": "GET, HEAD, OPTIONS, POST, PUT"}
+            if self.path in ("/", "/health"):
+                return _sandbox_answer(200, {"status": "ok"})
+            url = "http://127.0.0.1/" + self.path.lstrip("/")
+            return sandbox(self.command, url, body, dict(self.headers), math.inf)
 
         def reply(self, answer: _Reply) -> None:
             self.send_response(answer[0])
             for name, value in answer[2].items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(answer[1])))
+            head = self.command == "HEAD"
+            if not head:
+                self.send_header("Content-Length", str(len(answer[1])))
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(answer[1])
+            self.wfile.write(b"" if head else answer[1])
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815  # http.server's names
+        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815  # http.server's names
+        do_OPTIONS = do_PATCH = do_DELETE = answer  # noqa: N815
 
     class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         request_queue_size = 128  # connections that may wait at once: the default is 5
+        allow_reuse_address = os.name == "posix"  # elsewhere it would share a port in use
         daemon_threads = True
 
-    return Server(("127.0.0.1", port), Handler)
+    return Server((host, port), Handler)
 
 
 # ---- Command line ---------------------------------------------------------
@@ -4308,8 +4979,10 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0) -> ThreadingHTTPServer:
 # error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
 
 _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
-_QUEUED_LINES = 5000  # of `log -`: enough to keep the senders busy
+_QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
+_SHOWN_LINES = 3  # of `log -`: bad lines of one kind that are shown; the others are counted
 _CLOCK_SECONDS = 60.0  # that `doctor` lets the clocks differ
+_FIELDS = frozenset(_LOG_FIELDS)
 _DEMO_EVENTS = (
     ("checkout", "http.request.duration_ms", 180.0),
     ("search", "http.request.duration_ms", 45.0),
@@ -4373,9 +5046,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
 
 
 def _figure(value: Any) -> str:
-    """Return a number for people."""
+    """Return a number as charts and tables show it, and anything else as plain text."""
     if not isinstance(value, (int, float)):
-        return "-" if value is None else _plain(value)
+        return _plain(value)
     if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
         return f"{value:.4g}"
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
@@ -4421,7 +5094,7 @@ class _Progress:
     def _run(self) -> None:
         try:
             while sys.stderr.isatty():
-                stats, failing = self._client.stats(), self._client._outbox._failures
+                stats, failing = self._client.stats(), self._client._outbox.state.failures
                 text = f"{stats.delivered:,} delivered, {stats.queued + stats.in_flight:,} waiting"
                 text += f", {sum(stats.dropped.values()):,} dropped" if stats.dropped else ""
                 _status(text + (f", retrying: {_plain(stats.last_error)}" if failing else ""))
@@ -4442,7 +5115,7 @@ def _result(args: Any, value: object, show: Callable[[], object]) -> int:
 
 def _table(heads: tuple[str, ...], items: list[Any]) -> None:
     """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
-    rows = [[_plain(item.get(head)) for head in heads] for item in items]
+    rows = [[_figure(item.get(head)) for head in heads] for item in items]
     widths = [max(map(_width, column)) for column in zip(heads, *rows)]
     if not rows:
         _say("there are none")
@@ -4493,14 +5166,21 @@ def _show_analytics(event: Event, answer: Analytics) -> None:
     )
     for name in ("value", "count", "mean", "stddev") if data else ():
         change = data.get(f"{name}_pct_change")
-        percent = "" if change is None else f"{change:+,.1f}%"
+        percent = f"{change:+,.1f}%" if change is not None and data.get(f"previous_{name}") else ""
         now, before = _figure(data.get(f"current_{name}")), _figure(data.get(f"previous_{name}"))
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
 
+_scan_json = json.JSONDecoder().raw_decode  # json.loads takes three times as long for a log
+
+
 def _parsed(name: str, text: str | bytes) -> Any:
     try:
-        return json.loads(text)
+        text = (text.decode() if isinstance(text, bytes) else text).strip("\ufeff \t\r\n")
+        value, end = _scan_json(text)
+        if end == len(text):
+            return value
+        raise ValueError(f"it ends at column {end}, and more follows")
     except (ValueError, RecursionError) as exc:
         raise ChirrOpValidationError(f"{name} must be JSON: {exc}") from exc
 
@@ -4513,8 +5193,13 @@ def _event_named(client: Client, args: Any) -> Event:
         return client.get_event(args.event)
     event = client.find_event(args.event, args.agent)
     if event is None:
+        name = args.event.strip()
+        agents = {e.get("agent") or "" for e in client.list_events() if e.get("event") == name}
+        having = ", ".join(sorted(agent or "no agent at all" for agent in agents))
         raise ChirrOpNotFoundError(
-            f"there is no event {_show(args.event)}; `chirrop events` lists them"
+            f"there is no event {_show(name)} for agent {_show(args.agent)}, but for {having}"
+            if agents
+            else f"there is no event {_show(name)}; `chirrop events` lists them"
         )
     return event
 
@@ -4528,10 +5213,21 @@ def _cmd_events(args: Any) -> int:
 
 
 def _cmd_rollups(args: Any) -> int:
+    limit = _integer("--limit", args.limit, 1)
     with new_client() as client:
         event = _event_named(client, args)
-        rollups = client.get_event_logs(event["event_id"], args.period, args.limit)
+        # Two at least, to see the order: where the oldest come first, the newest are at the end.
+        rollups = client.get_event_logs(event["event_id"], args.period, max(2, limit))
+        if args.all or (len(rollups) > 1 and _bucket(rollups[0]) < _bucket(rollups[-1])):
+            rollups = [*client.iter_event_logs(event["event_id"], args.period)]
+    # A bucket that begins between two pages moves the others on, so that one may come twice.
+    rollups = sorted({_bucket(r): r for r in rollups}.values(), key=_bucket, reverse=True)
+    rollups = rollups if args.all else rollups[:limit]
     return _result(args, rollups, lambda: _show_rollups(event, args.period, rollups))
+
+
+def _bucket(rollup: Rollup) -> str:
+    return str(rollup.get("occurred_at"))
 
 
 def _cmd_analytics(args: Any) -> int:
@@ -4543,7 +5239,9 @@ def _cmd_analytics(args: Any) -> int:
 
 def _cmd_alerts(args: Any) -> int:
     if args.action and (args.id is None or args.status):
-        raise ChirrOpValidationError(f"`alerts {args.action}` takes the ID of one alert")
+        raise ChirrOpValidationError(
+            f"`alerts {args.action}` takes the ID of an alert: `alerts` lists them"
+        )
     with new_client() as client:
         moves = {
             "ack": client.acknowledge_alert,
@@ -4577,11 +5275,11 @@ def _cmd_log(args: Any) -> int:
     if args.event == "-":
         if {args.value, args.agent, args.meta, args.occurred_at, args.log_id} != {None}:
             raise ChirrOpValidationError(
-                "`log -` reads whole logs from standard input, and takes nothing else"
+                "`log -` reads whole logs from standard input, and takes nothing but --id-from"
             )
         return _log_lines(args)
-    if args.value is None:
-        raise ChirrOpValidationError("`log EVENT` needs a VALUE")
+    if args.value is None or args.id_from:
+        raise ChirrOpValidationError("`log EVENT` needs a VALUE; --id-from is for `log -` alone")
     meta = None if args.meta is None else _parsed("--meta", args.meta)
     entry = Log(args.event, args.value, args.agent, args.log_id, meta, args.occurred_at)
     with new_client(retries=3) as client:
@@ -4595,28 +5293,46 @@ def _cmd_log(args: Any) -> int:
 
 def _log_lines(args: Any) -> int:
     """Send JSON Lines from standard input, in bounded memory."""
-    client = new_client(queue_size=_QUEUED_LINES, retries=5)
-    number = bad = 0
+    client = new_client(retries=5)
+    number = 0
+    bad: dict[str, int] = {}
     with _Progress(client), client:
         try:
             for number, line in enumerate(_lines(sys.stdin.buffer), 1):
                 try:
-                    if line.strip():
-                        _log_patiently(client, _log_of(line))
+                    if not line.isspace():
+                        client.log(_log_of(line, args.id_from))
                 except ChirrOpValidationError as exc:
-                    bad += 1
-                    _say(f"line {number}: {exc}")
+                    _count_bad(bad, number, str(exc))
+                if number % 1000 == 0:
+                    _make_room(client)
         except (ChirrOpError, KeyboardInterrupt) as exc:
-            _say(f"stopped at line {number}: {str(exc) or 'interrupted'}")
+            _say(f"stopped at line {number:,}: {str(exc) or 'interrupted'}")
             client.close(2.0)
+    for kind, count in bad.items():
+        if count > _SHOWN_LINES:
+            _say(f"and {count - _SHOWN_LINES:,} more: {kind}")
     stats = client.stats()
-    account = {"lines": number, "bad": bad, "delivered": stats.delivered, "dropped": stats.dropped}
-    lost = sum(stats.dropped.values())
-    words = f"{number:,} lines: {stats.delivered:,} delivered, {bad:,} bad, {lost:,} dropped"
+    wrong, lost = sum(bad.values()), sum(stats.dropped.values())
+    words = f"{number:,} lines: {stats.delivered:,} delivered, {wrong:,} bad, {lost:,} dropped"
+    account = {
+        "lines": number,
+        "bad": wrong,
+        "delivered": stats.delivered,
+        "dropped": stats.dropped,
+    }
     _result(args, account, lambda: print(words))
     if lost:
         _say(f"the last failure: {stats.last_error}")
-    return 1 if bad or lost or client.config.disabled else 0
+    return 1 if wrong or lost or client.config.disabled else 0
+
+
+def _count_bad(bad: dict[str, int], number: int, text: str) -> None:
+    """Count a bad line by the rule that it breaks; show the first few of each kind."""
+    kind = text.partition(", got ")[0].partition(": ")[0]
+    bad[kind] = bad.get(kind, 0) + 1
+    if bad[kind] <= _SHOWN_LINES:
+        _say(f"line {number:,}: {text}")
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
@@ -4627,54 +5343,67 @@ def _lines(stream: Any) -> Iterator[bytes]:
             line = stream.readline(_MAX_LINE_BYTES)
 
 
-def _log_of(line: bytes) -> Log:
+def _log_of(line: bytes, id_from: list[str] | None) -> Log:
     fields = _parsed("a log", line)
-    if not isinstance(fields, dict) or not fields.keys() <= set(_LOG_FIELDS):
-        raise ChirrOpValidationError(f"a log must be an object of {', '.join(_LOG_FIELDS)}")
-    return Log(**{"event": None, "value": None, **fields})
+    if not isinstance(fields, dict):
+        raise ChirrOpValidationError(f"a log must be a JSON object, got {_show(fields)}")
+    if not fields.keys() <= _FIELDS:
+        unknown = ", ".join(map(_show, fields.keys() - _FIELDS))
+        raise ChirrOpValidationError(
+            f"a log has no fields but {', '.join(_LOG_FIELDS)}, got {unknown}: meta may hold others"
+        )
+    if id_from and not fields.get("log_id"):
+        fields["log_id"] = _derived_id(fields, id_from)
+    arguments: Any = map(fields.get, _LOG_FIELDS)
+    return Log(*arguments)
 
 
-def _log_patiently(client: Client, entry: Log) -> None:
-    """Queue a log, waiting for room as long as anything moves; raise when the service refuses logs."""
-    while "refused" not in client._outbox._dropped:
-        before = client.stats()
-        try:
-            return client.log(entry)
-        except ChirrOpQueueFullError:
-            client.flush()
-            if client.stats()[:3] == before[:3]:  # a full cycle of retries has failed
-                break
-    raise client.stats().last_error or ChirrOpError("the service takes no logs")
+def _derived_id(fields: dict[str, Any], names: list[str]) -> str:
+    """Return a UUID made of agent, event and the named fields: the same row has the same one."""
+    import uuid
+
+    parts = [fields.get("agent"), fields.get("event")]
+    for name in names:
+        inner = name.startswith("meta.")
+        holder = fields.get("meta") if inner else fields
+        part = holder.get(name[5 * inner :]) if isinstance(holder, dict) else None
+        if part is None:
+            raise ChirrOpValidationError(f"the line has no {name}, from which its log_id is made")
+        parts.append(part)
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, _encode_json("log_id", parts).decode()))
+
+
+def _make_room(client: Client) -> None:
+    """Wait while many logs are queued, as long as anything moves; raise when none is taken."""
+    before = client.stats()
+    if before.queued > _QUEUED_LINES:
+        client.flush()
+    stats = client.stats()
+    stuck = (stats.delivered, stats.dropped) == (before.delivered, before.dropped)
+    if "refused" in stats.dropped or (stuck and before.queued > _QUEUED_LINES):
+        raise stats.last_error or ChirrOpError("the service takes no logs")
 
 
 def _cmd_drain(args: Any) -> int:
-    if not os.path.isfile(args.spool):
+    spool = SqliteSpool(args.spool, required=True)
+    spool.dead_letters()  # raises for what is no spool
+    if not spool.exists():
         raise ChirrOpValidationError(f"there is no spool {args.spool!r}")
-    spool = SqliteSpool(args.spool)
-    spool.dead_letters()  # raises for a file that is no spool: a client would move it aside
     client = new_client(spool=spool, retries=5)
     if client.config.disabled:
         raise ChirrOpError("CHIRROP_DISABLED is set: nothing is sent")
     with _Progress(client):
         try:
-            clean = (
-                client.flush() and client._outbox.buffer._conn is not None
-            )  # else it has said what is wrong
-            stats = client.stats()
+            delivered, clean = -1, False
+            while not clean and client.stats().delivered > delivered:
+                delivered = client.stats().delivered
+                clean = client.flush()
         finally:
             client.close(0.0)
-    dead = len(spool.dead_letters())
-    account = {
-        "delivered": stats.delivered,
-        "left": stats.queued,
-        "parked": stats.parked,
-        "dead_letters": dead,
-    }
-    _result(
-        args,
-        account,
-        lambda: print("\n".join(f"{v:,} {k.replace('_', ' ')}" for k, v in account.items())),
-    )
+    stats, dead = client.stats(), len(spool.dead_letters())
+    account = {"delivered": stats.delivered, "left": stats.queued, "dead_letters": dead}
+    words = [f"{value:,} {name.replace('_', ' ')}" for name, value in account.items()]
+    _result(args, account, lambda: print("\n".join(words)))
     if stats.last_error and not clean:
         _say(f"the last failure: {stats.last_error}")
     return 0 if clean else 1
@@ -4691,16 +5420,17 @@ def _cmd_doctor(args: Any) -> int:
     return 0 if all(entry["ok"] for entry in found) else 1
 
 
-# For the first of these classes in a failure's chain; {} is the variable that holds the endpoint.
+# For the first of these classes in a failure's chain; {} is the variable that is at fault.
 _CURES = {
     "gaierror": "The name has no address: check {}, the network and its DNS server.",
-    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the CA is private,"
-    " set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
-    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is wrong.",
-    "ConnectionRefusedError": "Nothing listens there: check {}, and that the service is running.",
-    "timeout": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "TimeoutError": "Check the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "OSError": "Check {}, and the proxy if there is one.",
+    "SSLCertVerificationError": "The certificate is not trusted: where a proxy inspects TLS, or the"
+    " CA is private, set SSL_CERT_FILE to the CA's file; check this computer's clock, too.",
+    "SSLError": "The TLS handshake failed: check {}; perhaps http is served there, or the port is"
+    " wrong.",
+    "ConnectionRefusedError": "Nothing listens there: check {}, and that it is running.",
+    "timeout": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "TimeoutError": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
+    "OSError": "Check {}.",
 }
 
 
@@ -4709,27 +5439,19 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
     key = ""
     try:
         key = _checked_key(None)
-        source = "the environment" if os.environ.get("CHIRROP_API_KEY") else ".env"
-        yield "key", True, f"from {source}, has the right form"
+        yield "key", True, f"{_find_key(None)[1]}, has the right form"
     except ChirrOpValidationError as exc:
-        yield (
-            "key",
-            False,
-            f"{exc}. Set CHIRROP_API_KEY, in the environment or in ./.env, to your workspace's key.",
-        )
+        yield "key", False, f"{exc}. Set CHIRROP_API_KEY to your workspace's key."
     if Config("chp_doctor", DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT).disabled:
-        yield (
-            "switch",
-            False,
-            "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them.",
-        )
+        text = "CHIRROP_DISABLED is set: logs are checked and discarded. Unset it to send them."
+        yield "switch", False, text
     for name, variable, default in (
         ("logs", "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT),
         ("api", "CHIRROP_SERVICER_ENDPOINT", DEFAULT_SERVICER_ENDPOINT),
     ):
         try:
             yield from _diagnose_endpoint(
-                name, _checked_endpoint(variable, None, variable, default), key, variable
+                name, _checked_endpoint("the URL", None, variable, default), key, variable
             )
         except ChirrOpValidationError as exc:
             yield name, False, f"{exc}. Correct it, or unset it for {default}."
@@ -4738,72 +5460,92 @@ def _diagnose() -> Iterator[tuple[str, bool, str]]:
 def _diagnose_endpoint(
     name: str, url: str, key: str, variable: str
 ) -> Iterator[tuple[str, bool, str]]:
-    """Check the way to an endpoint with a GET by the client's own transport: proxy, DNS, TLS, answer, clock."""
-    import email.utils
+    """Check the way to an endpoint by the client's transport: proxy, DNS, TLS, answer, clock."""
+    way, fault = _way_to(url, variable)
+    yield name, True, f"{url}, {way}"
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = _Secret(f"Bearer {key}")
+    transport = _UrllibTransport()
+    try:
+        # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
+        # OPTIONS says, differs between routers.
+        if name == "logs":
+            status, body, fields = transport("POST", url, b"[]", headers, 10)
+        else:
+            status, body, fields = transport("GET", f"{url}/events", None, headers, 10)
+    except OSError as exc:
+        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
+        cure = next(text for kind, text in _CURES.items() if kind in kinds)
+        at_fault = variable if "SSLError" in kinds else fault
+        yield name, False, f"{_without_key(exc, key)}. {cure.format(at_fault)}"
+        return
+    finally:
+        transport.close()
+    if status == 407:
+        variable = fault
+    good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
+    trusted = ", certificate trusted" if url.startswith("https") else ""
+    yield name, good, f"reached{trusted}{text}" if good else text
+    if name == "api":
+        yield from _diagnose_clock(fields.get("Date", ""))
+
+
+def _way_to(url: str, variable: str) -> tuple[str, str]:
+    """Return the proxy on the way, for people, and the variable that says where to connect."""
     import urllib.parse
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
-    proxy = (
-        urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]
-    )  # without its password
-    past = not proxy or urllib.request.proxy_bypass(parts.netloc)
-    yield (
-        name,
-        True,
-        f"{url}, {'no proxy' if past else f'by the proxy {proxy} (NO_PROXY can exempt the host)'}",
-    )
-    headers = {"Authorization": _Secret(f"Bearer {key}")} if key else {}
-    transport = _UrllibTransport()
-    try:
-        status, body, fields = transport(
-            "GET", url + "/events" * (name == "api"), None, headers, 10
-        )
-    except OSError as exc:
-        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
-        cure = next(text for kind, text in _CURES.items() if kind in kinds)
-        yield name, False, f"{_without_key(exc, key)}. {cure.format(variable)}"
-        return
-    finally:
-        transport.close()
-    error = "" if 200 <= status < 300 else str(_Answer(status, _masked(body, key)).error())
-    reached = f"reached{', certificate trusted' if parts.scheme == 'https' else ''}"
-    if name == "logs" and (status < 300 or 400 <= status < 500):
-        yield (
-            name,
-            True,
-            reached,
-        )  # it takes POST alone, and no log is sent: this answer tells no more
-    elif status in (401, 403):
-        yield (
-            name,
-            not key,
-            f"{error}. The key is wrong, revoked, or of another workspace." if key else reached,
-        )
-    elif error or not body.lstrip().startswith(b"["):
-        yield (
-            name,
-            False,
-            f"{error or 'not a list of events'}. Check {variable}, or try again later.",
-        )
-    else:
-        yield name, True, f"{reached}, key accepted"
-    date = email.utils.parsedate_tz(fields.get("Date", "")) if name == "api" else None
-    if date is not None:
-        ahead = time.time() - email.utils.mktime_tz(date)
+    proxy = urllib.request.getproxies().get(parts.scheme, "").rpartition("@")[2]  # no password
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return "no proxy", variable
+    names = [n for n in os.environ if n.lower() == f"{parts.scheme}_proxy" and os.environ[n]]
+    variable = max(names, default="the system's proxy settings")  # lower case has precedence
+    return f"by the proxy {proxy} of {variable} (NO_PROXY can exempt the host)", variable
+
+
+def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[bool, str]:
+    """Return whether an endpoint answers as its route does, and what to say or to do about it."""
+    status, start = answer.status, answer.body.lstrip()[:1]
+    fine = 200 <= status < 300
+    error = "" if fine else str(answer.error())
+    if status in (401, 403):
+        wrong = f"{error}. The key is wrong, revoked, or of another workspace."
+        return (False, wrong) if has_key else (True, "")
+    if name == "api" and fine and start == b"[":
+        return True, ", key accepted" if has_key else ""
+    if name == "logs" and (status in (400, 422) or (fine and start != b"<")):
+        return True, ", takes logs"
+    if name == "logs" and status in (404, 405):
+        return False, f"{error}. No logs are taken there: check the path of {variable}."
+    what = "not a list of events" if name == "api" else "no answer of ChirrOp's"
+    return False, f"{error or what}. Check {variable}, or try again later."
+
+
+def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
+    import email.utils
+
+    moment = email.utils.parsedate_tz(date)
+    if moment is not None:
+        ahead = time.time() - email.utils.mktime_tz(moment)
         words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        yield (
-            "clock",
-            good,
-            words if good else f"{words}. Correct this computer's: logs take their time from it.",
-        )
+        cure = ". Correct this computer's: logs take their time from it."
+        yield "clock", good, words if good else words + cure
 
 
 def _cmd_sandbox(args: Any) -> int:
     _integer("--port", args.port, 0, 65535)
-    with _serve_sandbox(Sandbox(), args.port) as server:
-        base = f"http://127.0.0.1:{server.server_address[1]}/v1.0"
+    try:
+        server = _serve_sandbox(Sandbox(quota=args.quota), args.port, args.host)
+    except OSError as exc:
+        text = f"cannot listen on port {args.port} of {args.host}: {exc.strerror or exc}"
+        raise ChirrOpError(f"{text}; `--port 0` takes a free one") from exc
+    with server:
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)  # noqa: S104
+        name = f"[{name}]" if ":" in name else name
+        base = f"http://{name}:{server.server_address[1]}/v1.0"
         variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
         _result(
             args,
@@ -4814,6 +5556,8 @@ def _cmd_sandbox(args: Any) -> int:
         _say(
             "any key that starts with chp_ will do; Ctrl-C ends the sandbox, which then forgets all"
         )
+        if args.host not in _SANDBOX_HOSTS:
+            _say("other machines reach it, too, and whoever does may read and change all it holds")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -4847,11 +5591,11 @@ def _cmd_demo(args: Any) -> int:
         DEFAULT_SERVICER_ENDPOINT,
         log_level="CRITICAL",  # the account tells it all
         transport=sandbox,
+        disabled=False,  # whatever CHIRROP_DISABLED says: nothing leaves this process
         on_drop=lambda dropped, error: lost.extend(
             f"{log['agent']} {log['event']}: {error}" for log in dropped
         ),
     )
-    vars(config)["disabled"] = False  # whatever CHIRROP_DISABLED says: nothing leaves this process
     client, part = Client(config), len(logs) // len(_DEMO_FAULTS)
     with _Progress(client), client:
         for number, fault in enumerate(_DEMO_FAULTS):
@@ -4919,10 +5663,14 @@ def _arguments(argv: list[str] | None) -> Any:
             ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
             ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
-            ("--log-id", {"metavar": "UUID", "help": "default: a random one"})]),
+            ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
+            ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of"
+             " agent, event and these (meta.KEY: of meta): lines sent twice count once"})]),
         (_cmd_events, "list the event definitions", []),
         (_cmd_rollups, "show an event's counts and sums over time", [
-            event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}), ("--limit", {"type": int})]),
+            event, agent, ("--period", {"choices": _PERIODS, "default": "hour"}),
+            ("--limit", {"type": int, "default": 100, "help": "most recent buckets; default: 100"}),
+            ("--all", {"action": "store_true", "help": "all buckets there are"})]),
         (_cmd_analytics, "compare an event's last hours or days with earlier ones", [
             event, agent, ("--period", {"choices": _WINDOWS, "default": "1h"}),
             ("--previous", {"choices": _PREVIOUS, "default": "previous_window"})]),
@@ -4934,16 +5682,30 @@ def _arguments(argv: list[str] | None) -> Any:
             ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
         (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
         (_cmd_doctor, "find out why nothing arrives; sends no log", []),
-        (_cmd_sandbox, "serve a sandbox on 127.0.0.1", [
-            ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0 takes a free one"})]),
+        (_cmd_sandbox, "serve a sandbox on this machine", [
+            ("--port", {"type": int, "default": 8125, "help": "default: 8125; 0: a free one"}),
+            ("--host", {"default": "127.0.0.1", "help": "address to listen on; default: 127.0.0.1,"
+                " which other machines and containers cannot reach; 0.0.0.0 opens it to them"}),
+            ("--quota", {"type": int, "help": "logs taken before QUOTA_EXCEEDED"})]),
     ]  # fmt: skip
+    parsers = {}
     for run, about, arguments in table:
-        command = commands.add_parser(run.__name__[5:], help=about, description=about)
+        name = run.__name__[5:]
+        parsers[name] = command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        for name, options in arguments:
-            command.add_argument(name, **options)
-    return parser.parse_args(argv)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
+    # Options may stand anywhere: these before the command, too, and all among its arguments.
+    leading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    leading.add_argument("--json", action="store_true")
+    leading.add_argument("--agent", nargs="?")
+    words = list(sys.argv[1:] if argv is None else argv)
+    _, rest = leading.parse_known_args(words)
+    if not rest or rest[0] not in parsers:
+        return parser.parse_args(rest)  # help, the version or an error
+    words.remove(rest[0])
+    return parsers[rest[0]].parse_intermixed_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:
