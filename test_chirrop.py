@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import collections
 import contextlib
 import copy
+import dis
 import email.utils
 import faulthandler
+import functools
 import gc
+import hashlib
 import http.client
 import importlib.util
 import io
@@ -3697,6 +3701,1194 @@ class MemoryTest(ProcessTestCase):
                     peak, 1000 * 1400 + 2 * 250 * 1100
                 )  # and a batch is joined for its request
                 go.set()
+
+
+# ---- Interrupted anywhere -------------------------------------------------
+# One operation is done again and again, and each time something happens before another instruction of
+# the module: an exception is raised there, or a handler calls the client. Whatever instruction it
+# was, the exception must reach the caller, and the client must work afterwards and account for each log.
+
+CODE_FILE = chirrop.__file__
+MODULE_CODE = compile(HERE.joinpath("chirrop.py").read_bytes(), CODE_FILE, "exec")
+PATIENCE = float(os.environ.get("CHIRROP_TEST_PATIENCE", "5"))  # seconds; what takes longer hangs
+
+
+class TimeLimit(Exception):
+    """What a task queue's soft time limit raises from its signal handler."""
+
+
+class Hang(BaseException):
+    """Something took longer than PATIENCE; says where."""
+
+
+class Place:
+    """The instruction before which something happened, and whether it can happen there in real life.
+
+    CPython runs signal handlers, which may raise, only where it looks at its "eval breaker". Seen in real
+    signals, some 50,000 for each version, which told the instruction that they came after:
+        3.11+   after RESUME (a function starts, a generator goes on), after a call of C code, and
+                after a jump back; what is raised is caught as if that instruction had raised it
+        3.10    when a function starts or a generator goes on, after any call and after any jump
+                that is taken, unless SETUP_FINALLY or SETUP_WITH is next
+        3.9     after all instructions but the simplest, with the same exception; POP_BLOCK is none of
+                those: a signal may get between the end of a `with` block and its __exit__, and
+                between a `try` and its `finally`
+    Instructions that run C code for long, such as one that waits for a lock, run handlers before they have an
+    effect: to the module that is an interruption before them.
+
+    `reach` is "signal" there. It is "memory" where no signal arrives, but the instruction allocates or calls:
+    MemoryError and RecursionError may be raised, and finalisers run. Elsewhere it is "never": only a test
+    gets there, such as between the acquisition of a lock and the first instruction of its `with` block.
+    """
+
+    ALLOCATING = (
+        *("CALL", "PRECALL", "BUILD_", "LIST_", "SET_", "DICT_", "MAP_", "BINARY_", "INPLACE_"),
+        *("FORMAT_", "CONVERT_", "GET_ITER", "FOR_ITER", "MAKE_FUNCTION", "LOAD_METHOD", "IMPORT_"),
+        *("UNPACK_", "STORE_SUBSCR", "DELETE_SUBSCR", "BEFORE_WITH", "SETUP_WITH", "YIELD"),
+        *("RETURN_GENERATOR", "WITH_EXCEPT", "STORE_SLICE"),
+    )
+    FAST = (  # 3.9: they do not look at the eval breaker
+        *("NOP", "LOAD_FAST", "LOAD_CONST", "STORE_FAST", "POP_TOP", "ROT_TWO", "ROT_THREE"),
+        *("ROT_FOUR", "DUP_TOP", "DUP_TOP_TWO", "JUMP_FORWARD", "JUMP_IF_NOT_EXC_MATCH", "IS_OP"),
+        *("CONTAINS_OP", "RERAISE"),
+    )
+    CALLS = (
+        *("CALL", "CALL_KW", "CALL_FUNCTION", "CALL_METHOD", "CALL_FUNCTION_KW"),
+        "CALL_FUNCTION_EX",
+    )
+    _read = {}  # code -> its instructions, offset -> index, the guarded parts
+
+    def __init__(self, frame, last):
+        code, self.offset = frame.f_code, frame.f_lasti
+        if code not in self._read:
+            steps = list(dis.get_instructions(code))
+            guards = getattr(dis.Bytecode(code), "exception_entries", ())
+            self._read[code] = steps, {s.offset: i for i, s in enumerate(steps)}, guards
+        self.steps, self.indices, self.guards = self._read[code]
+        self.index = self.indices[self.offset]
+        self.name = self.steps[self.index].opname
+        self.reach = "never"
+        if self._follows_a_look(frame, *last):
+            self.reach = "signal"
+        elif self.name.startswith(self.ALLOCATING) and not self._is_exit():
+            self.reach = "memory"
+
+    def __str__(self):
+        return f"[{self.reach}] before {self.name} in {getattr(self, 'stack', '?')}"
+
+    def _is_exit(self):
+        """Tell whether this calls a lock's __exit__: with three times None, that takes no memory."""
+        before = [(s.opname, s.argval) for s in self.steps[max(0, self.index - 4) : self.index]]
+        none, again = ("LOAD_CONST", None), ("DUP_TOP", None)
+        return before[-3:] in ([none] * 3, [none, again, again]) or before[:3] == [none] * 3
+
+    def _follows_a_look(self, frame, last_frame, last_offset):
+        """Tell whether the interpreter looks at the eval breaker between the last instruction and this."""
+        before = self.steps[self.index - 1] if self.index else None
+        name, is_next = before.opname if before else "", True
+        if last_frame is frame:
+            name = self.steps[self.indices[last_offset]].opname
+            is_next = bool(before) and before.offset == last_offset
+        returned = last_frame not in (None, frame, frame.f_back)  # from Python code
+        if sys.version_info >= (3, 11):
+            if before and self._guard(before.offset) != self._guard(self.offset):
+                return False  # it would be caught elsewhere than what the test raises here
+            if is_next:
+                return name == "RESUME" or (name in self.CALLS and not returned)
+            return "JUMP_BACKWARD" in name and "NO_INTERRUPT" not in name
+        if self.name in ("SETUP_FINALLY", "SETUP_WITH", "YIELD_FROM"):
+            return False
+        if sys.version_info >= (3, 10):
+            return name in ("", "YIELD_VALUE", *self.CALLS) if is_next else "JUMP" in name
+        return not is_next or name not in self.FAST
+
+    def _guard(self, offset):
+        return next((guard.target for guard in self.guards if guard.start <= offset < guard.end), 0)
+
+
+def stack_of(frame):
+    """Return what a stack was doing: its innermost function, then the module's lines."""
+    frames = traceback.extract_stack(frame)
+    ours = [f"{f.name}:{f.lineno}" for f in frames if f.filename == CODE_FILE]
+    return " < ".join([frames[-1].name, *reversed(ours[-5:])])
+
+
+class Step:
+    """Do `action` before the nth instruction that this thread executes in the module.
+
+    With 0, which does nothing, `reaches` has the reach of each of them afterwards.
+    """
+
+    def __init__(self, nth=0, action=None):
+        self.nth, self.action, self.count, self.place = nth, action, 0, None
+        self.reaches, self._last = [], (None, 0)
+
+    def _executes(self, frame):
+        self.count += 1
+        if self.nth == 0:
+            self.reaches.append(Place(frame, self._last).reach)
+            self._last = (frame, frame.f_lasti)
+        elif self.count == self.nth - 1:
+            self._last = (frame, frame.f_lasti)
+        elif self.count == self.nth:
+            self.stop()
+            self.place = Place(frame, self._last)
+            self.place.stack, self._last = stack_of(frame), None
+            self.action()
+
+    def __enter__(self):
+        self._tracer = sys.gettrace()
+
+        def step(frame, event, arg):
+            if event == "opcode":
+                self._executes(frame)
+            return step
+
+        def call(frame, event, arg):
+            if frame.f_code.co_filename not in self.files:
+                return None
+            frame.f_trace_lines = False
+            frame.f_trace_opcodes = True
+            return step
+
+        sys.settrace(call)
+        return self
+
+    def stop(self):
+        sys.settrace(None)
+
+    def __exit__(self, *_):
+        sys.settrace(self._tracer)
+
+    @classmethod
+    @contextlib.contextmanager
+    def installed(cls, deep):
+        """Count the module's instructions; `deep`, also those of the threading module."""
+        cls.files = (CODE_FILE, threading.__file__) if deep else (CODE_FILE,)
+        yield
+
+
+class MonitorStep(Step):
+    """The same with sys.monitoring: in 3.13, sys.settrace misses the opcodes of a first run."""
+
+    armed = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def installed(cls, deep):
+        monitoring, tool = sys.monitoring, 4
+        event, codes = monitoring.events.INSTRUCTION, codes_within(MODULE_CODE)
+        if deep:
+            classes = (vars(v) for v in vars(threading).values() if type(v) is type)
+            functions = [f for names in (vars(threading), *classes) for f in names.values()]
+            codes += [f.__code__ for f in functions if hasattr(f, "__code__")]
+        monitoring.use_tool_id(tool, "test_chirrop")
+        monitoring.register_callback(tool, event, cls._happened)
+        for code in codes:
+            monitoring.set_local_events(tool, code, event)
+        try:
+            yield
+        finally:
+            for code in codes:
+                monitoring.set_local_events(tool, code, 0)
+            monitoring.register_callback(tool, event, None)
+            monitoring.free_tool_id(tool)
+
+    @staticmethod
+    def _happened(code, offset):
+        step = MonitorStep.armed
+        if step is not None and step.thread == threading.get_ident():
+            step._executes(sys._getframe(1))
+
+    def __enter__(self):
+        self.thread = threading.get_ident()
+        MonitorStep.armed = self
+        return self
+
+    def stop(self):
+        MonitorStep.armed = None
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+if sys.version_info >= (3, 12):
+    Step = MonitorStep
+
+
+def codes_within(code):
+    """Return a code object and all those that it makes functions and classes of."""
+    inner = (const for const in code.co_consts if isinstance(const, type(code)))
+    return [code, *(c for const in inner for c in codes_within(const))]
+
+
+def fresh_module():
+    """Return another copy of the module, and the functions that it wants called at exit."""
+    module, hooks = type(sys)("chirrop"), []
+    module.__file__ = CODE_FILE
+    no_fork = mock.patch("os.register_at_fork", lambda **_: None, create=True)
+    with mock.patch("atexit.register", hooks.append), no_fork:
+        exec(MODULE_CODE, module.__dict__)
+    return module, hooks
+
+
+class Wire:
+    """A server in memory, as a transport: "up", "down", "flaky" once, or a status for everything."""
+
+    def __init__(self, state="up"):
+        self.state, self.taken, self.changed = state, [], threading.Condition()
+
+    def __call__(self, method, url, body, headers, timeout):
+        state = self.state
+        if state == "down":
+            raise ConnectionError("down")
+        if state == "flaky":
+            self.state = "up"
+            return 502, b"", {}
+        if state != "up":
+            return state, b'{"error": "because"}', {}
+        with self.changed:
+            self.taken += ids(json.loads(body))
+            self.changed.notify_all()
+        return 200, b"", {}
+
+    def wait(self, wanted):
+        with self.changed:
+            return self.changed.wait_for(lambda: set(wanted) <= set(self.taken), PATIENCE)
+
+
+class Helper:
+    """Another thread: does one thing after another, and is left behind where it hangs."""
+
+    def __init__(self):
+        self._todo, self._done = queue.Queue(), queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="test-helper", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        for work in iter(self._todo.get, None):
+            try:
+                self._done.put((work(), None))
+            except BaseException as exc:
+                self._done.put((None, exc))
+
+    def do(self, work):
+        self._todo.put(work)
+        try:
+            result, error = self._done.get(timeout=5 * PATIENCE)
+        except queue.Empty:
+            raise Hang(stack_of(sys._current_frames()[self._thread.ident])) from None
+        if error is not None:
+            raise error
+        return result
+
+    def end(self):
+        self._todo.put(None)
+
+
+@contextlib.contextmanager
+def time_limited():
+    """Raise Hang in this thread, the main one, when it takes longer than PATIENCE."""
+
+    def expired(number, frame):
+        raise Hang(stack_of(frame))
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Trial:
+    """One client and one operation: what was logged, and where it went."""
+
+    def __init__(self, module, hooks, operation, server="up", spool=None):
+        self.module, self.hooks, self.operation, self.spool = module, hooks, operation, spool
+        self.others, self.wire = set(threading.enumerate()), Wire(server)
+        self.returned, self.unsure, self.drops = [], [], []
+        self.closed = False
+        waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
+        self.client = module.new_client(
+            api_key=KEY, transport=self.wire, spool=spool, timeout=PATIENCE,
+            retries=int(operation.endswith("pause")),
+            flush_delay=60 if waits else 0, batch_size=3, exit_timeout=0.05,
+            queue_size=10 if operation == "log to a bounded queue" else 0,
+            on_drop=lambda logs, error: self.drops.extend(ids(logs)),
+        )  # fmt: skip
+        if operation != "first log" and not operation.startswith("send_logs"):
+            self.log()
+        if operation in ("log", "log to a bounded queue"):
+            self.client.flush(PATIENCE)
+
+    def log(self, step=None, log=None):
+        """Log, or do as `log`; where that raises, nobody knows whether the log was taken."""
+        entry = self.module.Log("test", 1)
+        self.unsure.append(entry.log_id)
+        with step or contextlib.nullcontext():
+            (log or self.client.log)(entry)
+        self.unsure.remove(entry.log_id)
+        self.returned.append(entry.log_id)
+        return entry.log_id
+
+    def operate(self, step):
+        client, operation = self.client, self.operation
+        self.closed = operation in ("close", "exit")
+        if operation.startswith("send_logs"):
+            self.log(step, lambda entry: client.send_logs([entry]))
+        elif "log" in operation:
+            self.log(step)
+        else:
+            with step:
+                if operation == "exit":
+                    self.exit()
+                elif operation == "stats":
+                    client.stats()
+                else:
+                    getattr(client, operation)(PATIENCE)
+
+    def exit(self):
+        """Call the exit hooks as atexit does: the last first, all of them, and what was raised at the end."""
+        raised = None
+        for hook in reversed(self.hooks):
+            try:
+                hook()
+            except BaseException as exc:
+                raised = exc
+        if raised is not None:
+            raise raised
+
+    # What a handler may do.
+
+    def log_within(self):
+        self.log()
+
+    def flush_within(self):
+        self.client.flush(0)
+
+    def close_within(self):
+        self.closed = True
+        self.client.close(0)
+
+    def close_and_wait_within(self):
+        self.closed = True
+        self.client.close(0.01)
+
+    def stats_within(self):
+        self.client.stats()
+
+    EXCEPTIONS = (TimeLimit, KeyboardInterrupt, RecursionError, SystemExit, MemoryError)
+    HANDLERS = (log_within, flush_within, close_within, stats_within, close_and_wait_within)
+
+    # What must hold afterwards. Each is a generator of what does not.
+
+    def goes_on(self, threads):
+        """Another thread uses the client: no lock is held, it sends, wakes and flushes."""
+        client, wire = self.client, self.wire
+        was_up, wire.state = wire.state == "up", "up"
+        client.stats()
+        if self.closed:
+            return
+        if not was_up and not client.flush(PATIENCE) and not client.flush(PATIENCE):
+            yield "does not flush after an outage"
+        more = [self.log() for _ in range(3)]
+        if threads and not wire.wait(more):
+            yield "is deaf: does not send without a flush"
+        if not client.flush(PATIENCE):
+            yield "does not flush"
+
+    def ends(self):
+        clean = self.client.close(PATIENCE)
+        if not clean and not self.closed:
+            yield "does not close clean"
+        for thread in set(threading.enumerate()) - self.others:
+            if thread.name.startswith("chirrop-"):
+                thread.join(PATIENCE)
+                if thread.is_alive():
+                    yield f"leaves the thread {thread.name}"
+
+    def accounts(self):
+        """Compare where each log is with what the account says."""
+        stats, taken, drops = self.client.stats(), list(self.wire.taken), list(self.drops)
+        kept = stats.queued + stats.in_flight + getattr(stats, "parked", 0)
+        dropped = sum(stats.dropped.values())
+        if stats.accepted != stats.delivered + dropped + kept:
+            yield f"is out of balance: {stats}"
+        spooled = self.left({*self.returned, *self.unsure} - {*taken, *drops})
+        if len(set(taken)) < len(taken):
+            yield "sent a log twice"
+        elif len({*taken, *drops, *spooled}) < len(taken + drops + spooled):
+            yield f"has a log in two places: {len(taken)} sent, {len(drops)} dropped, {len(spooled)} kept"
+        lost = set(self.returned) - {*taken, *drops, *spooled}
+        if len(lost) > max(0, dropped - len(drops)):
+            yield f"lost {len(lost)} logs: {stats}"
+        if dropped != len(drops):
+            yield f"dropped {dropped} logs and reported {len(drops)}"
+        if stats.accepted not in (
+            len({*taken, *drops, *spooled}),
+            len({*taken, *drops, *spooled}) + len(lost),
+        ):
+            yield f"took {len({*taken, *drops, *spooled})} logs, but says {stats}"
+        if stats.delivered != len(taken):
+            yield f"delivered {len(taken)} logs, but says {stats}"
+
+    def left(self, missing):
+        """Return the ids of the logs that a later run finds in the spool."""
+        if not self.spool or not missing:
+            return []
+        wire = Wire()
+        later = self.module.new_client(api_key=KEY, transport=wire, spool=self.spool)
+        later.flush(PATIENCE)
+        later.close(PATIENCE)
+        return wire.taken
+
+
+class Trials:
+    """Trials of one operation under the same conditions, and what was wrong with them."""
+
+    shared = None  # a copy of the module, for all operations but the exit
+    threads_forbidden = False
+
+    def __init__(self, operation, folder=None, server="up", threads=True):
+        self.operation, self.folder, self.server, self.threads = operation, folder, server, threads
+        self.tried = collections.Counter()  # reach -> number
+        self.wrong = []  # (place, what happened, what was wrong)
+        self.helper = Helper()
+
+    def __str__(self):
+        return (
+            f"{self.operation}, {'spool' if self.folder else 'memory'}, server {self.server},"
+            f" {'threads' if self.threads else 'no threads'}"
+        )
+
+    @classmethod
+    @contextlib.contextmanager
+    def world(cls, deep=False):
+        """Make the module's threads such that they can be forbidden, and nothing else happen at any time."""
+        start = threading.Thread.start
+
+        def start_or_not(thread):
+            if cls.threads_forbidden and thread.name.startswith("chirrop-"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        gc.disable()
+        try:
+            with Step.installed(deep), mock.patch("threading.Thread.start", start_or_not):
+                yield
+        finally:
+            cls.threads_forbidden = False
+            gc.enable()
+            gc.collect()
+
+    def trial(self):
+        Trials.threads_forbidden = not self.threads
+        spool = os.path.join(self.folder, f"{uuid.uuid4().hex}.db") if self.folder else None
+        if self.operation == "exit":
+            return Trial(*fresh_module(), self.operation, self.server, spool)
+        Trials.shared = Trials.shared or fresh_module()
+        self.shared[0].BACKOFF_BASE = 0.0 if self.operation.endswith("pause") else 1.0
+        return Trial(*self.shared, self.operation, self.server, spool)
+
+    def survey(self):
+        """Return the reach of each instruction of the operation when nothing happens."""
+        step, trial = Step(), self.trial()
+        self.operate(trial, step)
+        trial.wire.state = "up"
+        trial.client.close(PATIENCE)
+        self.clean()
+        return step.reaches
+
+    def operate(self, trial, step):
+        """Do the operation; return what it raised."""
+        if self.operation == "exit":
+            Trials.threads_forbidden = True
+        try:
+            with time_limited():
+                trial.operate(step)
+        except BaseException as exc:
+            return exc
+        finally:
+            step.stop()
+        return None
+
+    def run(self, happenings, places=None, demanded=()):
+        """Let `happenings` happen in turn, at these places or at every instruction, which start from 1.
+
+        Ends at the first that is wrong and whose reach is demanded; `wrong` then has no others.
+        """
+        for nth in places or range(1, len(self.survey()) + 1):
+            self.one(nth, happenings[sum(self.tried.values()) % len(happenings)])
+            if sum(self.tried.values()) % 200 == 0:
+                gc.collect()
+            if demanded:
+                self.wrong = [w for w in self.wrong if (w[0].reach if w[0] else "end") in demanded]
+                if self.wrong:
+                    break
+        self.helper.end()
+        return self
+
+    def one(self, nth, happening):
+        trial, wrong = self.trial(), []
+        raising = isinstance(happening, type)
+        thrown = happening("thrown") if raising else None
+
+        def act():
+            if raising:
+                raise thrown
+            try:
+                happening(trial)
+            except Exception as exc:
+                wrong.append(f"raises {exc!r} in {happening.__name__}")
+
+        step = Step(nth, act)
+        raised = self.operate(trial, step)
+        if isinstance(raised, Hang):
+            wrong.append(f"hangs in {raised}")
+        elif raising and step.place:
+            if raised is None:
+                wrong.append("swallowed the exception")
+            elif raised is not thrown:
+                wrong.append(f"raised {raised!r} instead")
+        elif raised is not None and not isinstance(raised, trial.module.ChirrOpError):
+            wrong.append(f"raised {raised!r}")
+        if not isinstance(raised, Hang):
+            wrong += self.judge(trial)
+        self.tried[step.place.reach if step.place else "end"] += 1
+        self.wrong += ((step.place, happening.__name__, what) for what in wrong)
+        self.clean()
+
+    def judge(self, trial):
+        wrong = []
+        try:
+            wrong += self.helper.do(lambda: list(trial.goes_on(self.threads)))
+            if not trial.closed:
+                with time_limited():
+                    trial.log()  # from the thread that was interrupted
+            wrong += self.helper.do(lambda: list(trial.ends()))
+            Trials.threads_forbidden = False
+            wrong += self.helper.do(lambda: list(trial.accounts()))
+        except Hang as exc:
+            wrong.append(f"hangs afterwards in {exc}")
+            self.helper = Helper()
+        except Exception as exc:
+            wrong.append(f"raises {exc!r} afterwards")
+        return wrong
+
+    def clean(self):
+        for name in os.listdir(self.folder) if self.folder else ():
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.folder, name))
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
+class InterruptTest(TestCase):
+    """Complete, every instruction, with CHIRROP_TEST_FULL: a quarter of an hour; else a few of each kind."""
+
+    REACHES = ("signal", "memory", "end")  # demanded; see Place
+
+    def every(self, operation):
+        """Interrupt an operation under all conditions, by exceptions, then by handlers."""
+        folder = str(self.folder("/dev/shm" if os.path.isdir("/dev/shm") else None))
+        conditions = itertools.product(
+            (None, folder),
+            ("up", "down", 400, 403),
+            (True, False),
+            (Trial.EXCEPTIONS, Trial.HANDLERS),
+        )
+        failed = 0
+        with Trials.world():
+            for index, (spool, server, threads, happenings) in enumerate(conditions):
+                trials = Trials(operation, spool, server, threads)
+                faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
+                happenings = happenings[index % 5 :] + happenings[: index % 5]
+                trials.run(happenings, self.chosen(trials, index), self.REACHES)
+                faulthandler.cancel_dump_traceback_later()
+                with self.subTest(str(trials), by=happenings[0].__name__):
+                    failed += bool(trials.wrong)
+                    for place, happening, what in trials.wrong:
+                        self.fail(f"{what}: {happening} {place}")
+                if failed == 3:
+                    return
+
+    def chosen(self, trials, index):
+        """Return None for every instruction, or a few that signals can reach, others with each index."""
+        key = (trials.operation, bool(trials.folder), trials.threads)
+        if FULL:
+            return None
+        if key not in self.surveys:
+            reaches = enumerate(trials.survey(), 1)
+            self.surveys[key] = [nth for nth, reach in reaches if reach == "signal"]
+        places = self.surveys[key]
+        return [places[(index * 7 + n) % len(places)] for n in (0, len(places) // 2)]
+
+    surveys = {}  # conditions -> places
+
+    def test_the_first_log_interrupted_anywhere_harms_nothing(self):
+        self.every("first log")
+
+    def test_log_interrupted_anywhere_harms_nothing(self):
+        self.every("log")
+
+    def test_log_to_a_bounded_queue_interrupted_anywhere_harms_nothing(self):
+        self.every("log to a bounded queue")
+
+    def test_flush_interrupted_anywhere_harms_nothing(self):
+        self.every("flush")
+
+    def test_close_interrupted_anywhere_harms_nothing(self):
+        self.every("close")
+
+    def test_send_logs_interrupted_anywhere_harms_nothing(self):
+        self.every("send_logs")
+
+    def test_stats_interrupted_anywhere_harms_nothing(self):
+        self.every("stats")
+
+    def test_the_exit_hook_interrupted_anywhere_harms_nothing(self):
+        self.every("exit")
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+class TimeLimitTest(TestCase):
+    """Real signals at random moments, whose handler raises an Exception, against a job that logs."""
+
+    def job(self, client):
+        """Log until a time limit ends it; return what was raised."""
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0005))
+            while not self.fired:
+                entry = Log("job.step", 1)
+                self.unsure.add(entry.log_id)
+                client.log(entry)
+                self.returned.add(entry.log_id)
+                self.unsure.discard(entry.log_id)
+        except TimeLimit as exc:
+            return exc
+        return None
+
+    def limited(self, times, spool):
+        """Let time limits end jobs of one client; check it after each, and the account at the end."""
+        wire, self.returned, self.unsure = Wire(), set(), set()
+        client = new_client(api_key=KEY, transport=wire, flush_delay=0, spool=spool)
+        for n in range(times):
+            self.fired = False
+            raised = self.job(client)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if raised is None:
+                self.fail(f"the client swallowed time limit {n}")
+            if n % 10 == 0:
+                entry = Log("job.after", 1)
+                client.log(entry)
+                self.returned.add(entry.log_id)
+                self.assertTrue(wire.wait([entry.log_id]), f"deaf after {n} time limits")
+        self.assertTrue(client.flush(LONG), client.stats())
+        self.assertTrue(client.close(LONG), client.stats())
+        stats = client.stats()
+        self.assertEqual(len(wire.taken), len(set(wire.taken)), "sent twice")
+        self.assertEqual(self.returned - set(wire.taken), set(), "lost")
+        self.assertEqual(set(wire.taken) - self.returned - self.unsure, set())
+        self.assertEqual((stats.accepted, stats.delivered), (len(wire.taken), len(wire.taken)))
+        self.assertBalanced(client)
+
+    def each(self, spool):
+        def expired(*_):
+            self.fired = True
+            raise TimeLimit
+
+        before = signal.signal(signal.SIGALRM, expired)
+        self.addCleanup(signal.signal, signal.SIGALRM, before)
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+        faulthandler.dump_traceback_later(10 * LONG, exit=True)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        for client in range(100 if FULL else 3):
+            self.limited(100, self.folder() / f"{client}.db" if spool else None)
+
+    def test_time_limits_at_random_moments_of_a_job_in_memory_harm_nothing(self):
+        self.each(spool=False)
+
+    def test_time_limits_at_random_moments_of_a_job_with_a_spool_harm_nothing(self):
+        self.each(spool=True)
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
+class ReentryTest(TestCase):
+    """A handler may do anything wherever its thread waits, in the threading module as well."""
+
+    def each(self, operation, server):
+        with Trials.world(deep=True):
+            for threads in (True, False):
+                reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
+                places = [nth for nth, reach in reaches if reach == "signal"]
+                for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
+                    trials = Trials(operation, None, server, threads)
+                    trials.run([handler], None if FULL else places, ("signal", "memory"))
+                    with self.subTest(str(trials), by=handler.__name__):
+                        for place, happening, what in trials.wrong:
+                            self.fail(f"{what}: {happening} {place}")
+
+    def test_a_handler_may_close_flush_and_log_while_a_repeated_call_waits_for_its_next_attempt(
+        self,
+    ):
+        self.each("send_logs with a pause", "flaky")
+
+    def test_a_handler_may_close_flush_and_log_while_close_waits(self):
+        self.each("close", "down")
+
+
+class ExitInterruptedTest(ProcessTestCase):
+    CODE = """
+import logging
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+waits = threading.Event()
+
+def stalled(method, url, body, headers, timeout):
+    for _ in range(int(sys.argv[2])):
+        os.kill(os.getpid(), signal.SIGINT)
+        waits.wait(0.3)
+    waits.wait(20)
+
+def dropped(logs, error):
+    say("DROPPED", *(entry["log_id"] for entry in logs))
+
+c = client(transport=stalled, exit_timeout=float(sys.argv[3]), flush_delay=60, on_drop=dropped)
+for _ in range(3):
+    log(c)
+"""
+
+    @unittest.skipIf(os.name == "nt", "Ctrl-C of another kind")
+    def test_what_is_dropped_is_reported_when_ctrl_c_interrupts_the_exit_hook_several_times(self):
+        for times in (1, 2, 3):
+            with self.subTest(times):
+                done = self.python(PRELUDE + self.CODE, "http://x", times, 20)
+                lines = done.stdout.split("\n")
+                logged = sorted(lines[:3])
+                dropped = [
+                    i for line in lines if line.startswith("DROPPED") for i in line.split()[1:]
+                ]
+                self.assertEqual(sorted(dropped), logged, done.stdout + done.stderr)
+                self.assertIn("ERROR dropped 3 logs (closed)", done.stdout)
+
+
+class DeadlineTest(ProcessTestCase):
+    """A deadline is kept, give or take a moment, whatever holds the file or hangs in on_drop."""
+
+    MOMENT = (
+        1.0  # seconds: much more than a scheduler needs, and less than any wait that is forgotten
+    )
+
+    def took(self, work, *args):
+        started = time.monotonic()
+        work(*args)
+        return time.monotonic() - started
+
+    def test_log_flush_and_close_are_bounded_while_another_program_locks_the_spool(self):
+        for opened in (True, False):  # before the lock was taken, or while it is
+            with self.subTest(opened=opened):
+                path, wire = self.spool(), Wire()
+                self.drain(self.make_spool(1, path)[0])
+                client = new_client(api_key=KEY, transport=wire, flush_delay=60, spool=path)
+                self.addCleanup(client.close, 0)
+                logged = [Log("test", n) for n in range(3)]
+                if opened:
+                    client.log(logged[0])
+                with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                    other.execute("BEGIN IMMEDIATE")
+                    for entry in logged[opened:]:
+                        self.assertLess(self.took(client.log, entry), self.MOMENT)
+                    self.assertLess(self.took(client.flush, 0.5), 0.5 + self.MOMENT)
+                    self.assertLess(self.took(client.close, 1), 1 + self.MOMENT)
+                    other.execute("ROLLBACK")
+                sent = set(wire.taken) | set(self.drain(path))
+                self.assertEqual(set(ids([e.to_dict() for e in logged])) - sent, set())
+                self.assertBalanced(client)
+
+    def senders(self, hang, batches):
+        """Return a client with four senders, each of which hangs in on_drop; it takes ten batches."""
+        together, inside = threading.Barrier(4), threading.Semaphore(0)
+        requests = itertools.count()
+
+        def transport(method, url, body, headers, timeout):
+            if next(requests) < 6:  # a success with a backlog brings another sender
+                return 200, b"", {}
+            together.wait(LONG)
+            return 403, b"", {}
+
+        def on_drop(logs, error):
+            inside.release()
+            hang.wait(LONG)
+
+        client = new_client(api_key=KEY, transport=transport, on_drop=on_drop, flush_delay=60)
+        self.addCleanup(client.close, 5)
+        for n in range(batches * 250):
+            client.log(Log("test", n))
+        client.flush(0)
+        for _ in range(4):
+            self.assertTrue(inside.acquire(timeout=LONG))
+        return client
+
+    def test_close_is_bounded_when_on_drop_hangs_in_every_sender(self):
+        for batches in (10, 12):  # with 12, close itself has something to drop
+            with self.subTest(batches=batches):
+                hang = threading.Event()
+                client = self.senders(hang, batches)
+                self.addCleanup(hang.set)
+                self.assertLess(self.took(client.close, 0), self.MOMENT)
+
+    def test_close_is_bounded_when_the_transport_hangs_in_every_sender(self):
+        hang, inside = threading.Event(), threading.Semaphore(0)
+        self.addCleanup(hang.set)
+
+        def transport(*_):
+            inside.release()
+            hang.wait(LONG)
+            return 200, b"", {}
+
+        client = new_client(api_key=KEY, transport=transport, flush_delay=0)
+        client.log(Log("test", 1))
+        self.assertTrue(inside.acquire(timeout=LONG))
+        self.assertLess(self.took(client.flush, 0.2), 0.2 + self.MOMENT)
+        self.assertLess(self.took(client.close, 0.2), 0.2 + self.MOMENT)
+        self.assertBalanced(client)
+
+    def test_the_exit_keeps_its_time_when_on_drop_hangs_in_every_sender(self):
+        program = self.start_program(
+            """
+import itertools
+together, inside, requests = threading.Barrier(4), threading.Semaphore(0), itertools.count()
+
+def transport(method, url, body, headers, timeout):
+    if next(requests) < 6:
+        return 200, b"", {}
+    together.wait(20)
+    return 403, b"", {}
+
+def on_drop(logs, error):
+    inside.release()
+    threading.Event().wait(20)
+
+c = client("http://x", transport=transport, on_drop=on_drop, flush_delay=60, exit_timeout=1)
+for n in range(10 * 250):
+    c.log(Log("test", n))
+c.flush(0)
+for _ in range(4):
+    inside.acquire()
+say(time.monotonic())
+"""
+        )
+        started = float(self.line(program))
+        self.assertEqual(program.wait(LONG), 0)
+        self.assertLess(time.monotonic() - started, 1 + 1.5 * self.MOMENT)
+
+
+class StormTest(TestCase):
+    def test_memory_does_not_grow_with_what_the_server_says(self):
+        """A gateway that answers each request 403 with 64 KB of JSON, 600 times a second, for a minute."""
+        try:
+            import tracemalloc
+        except ImportError:
+            self.skipTest("this Python cannot tell what its memory is used for")
+        answers = 36000 if FULL else 600
+        page, seen = json.dumps({"error": "x" * 65000}).encode(), threading.Semaphore(0)
+
+        def gateway(method, url, body, headers, timeout):
+            seen.release()
+            return 403, page[:-2] + b'"}', {}  # another object each time
+
+        client = new_client(api_key=KEY, transport=gateway, flush_delay=0, batch_size=1)
+        self.addCleanup(client.close, 5)
+        gc.collect()
+        for n in range(answers + 20):
+            if n == 20:
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+            client.log(Log("test", n))
+            self.assertTrue(seen.acquire(timeout=LONG))
+        held, peak = tracemalloc.get_traced_memory()
+        self.assertLess(held, 2e6)
+        self.assertLess(peak, 4e6)
+        self.assertBalanced(client)
+
+
+@unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to time with here")
+class RecursionTest(TestCase):
+    def test_log_near_the_recursion_limit_leaves_a_client_that_sends(self):
+        def deep(frames, work):
+            return deep(frames - 1, work) if frames else work()
+
+        folder = str(self.folder())
+        with Trials.world():
+            for operation, spool in itertools.product(
+                ("first log", "log", "flush"), (None, folder)
+            ):
+                trials = Trials(operation, spool)
+                failed = 0
+                for left in range(2, 40):
+                    here = len(traceback.extract_stack())
+                    trial = trials.trial()
+                    work = functools.partial(trial.operate, contextlib.nullcontext())
+                    try:
+                        deep(sys.getrecursionlimit() - here - left, work)
+                    except RecursionError:
+                        failed += 1
+                    with self.subTest(operation, spool=bool(spool), frames_left=left):
+                        self.assertEqual(trials.judge(trial), [])
+                    trials.clean()
+                self.assertGreater(failed, 1)
+                trials.helper.end()
+
+
+class NotASpoolCase(ProcessTestCase):
+    """What is not ours is refused and left as it was; the client says so once and goes on in memory."""
+
+    def state(self, path):
+        """Return all that can be seen of a path and of those beside it, but for times of reading."""
+
+        def of(name):
+            found = os.lstat(name)
+            text = None
+            if stat.S_ISREG(found.st_mode):
+                text = hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest()
+            elif stat.S_ISLNK(found.st_mode):
+                text = os.readlink(name)
+            elif stat.S_ISDIR(found.st_mode):
+                text = sorted(os.listdir(name))
+            return text, found.st_mode, found.st_uid, found.st_ino, found.st_mtime_ns
+
+        folder = os.path.dirname(path)
+        return {name: of(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+
+    def refuses(self, path, spool=None):
+        """Use a path as a spool: it must not change, and the client must send all the same."""
+        before, transport = self.state(path), FakeTransport()
+        self.records.clear()
+
+        def work():
+            with new_client(api_key=KEY, transport=transport, spool=spool or path) as client:
+                entries = [Log("test", n) for n in range(3)]
+                for entry in entries:
+                    client.log(entry)
+                self.assertTrue(client.flush(LONG), client.stats())
+            self.assertBalanced(client)
+            self.assertEqual(ids(transport.logs()), [entry.log_id for entry in entries])
+
+        self.bounded(work)
+        self.assertEqual(self.state(path), before)
+        warnings = [r.getMessage() for r in self.records if r.levelno >= logging.WARNING]
+        self.assertEqual(len(warnings), 1, warnings)
+        self.assertIn(os.path.basename(path), warnings[0])
+        with self.assertRaises(ChirrOpError) as caught:
+            self.bounded(lambda: new_client(api_key=KEY, spool=SqliteSpool(path, required=True)))
+        self.assertIn(os.path.basename(path), str(caught.exception))
+        self.assertEqual(self.state(path), before)
+
+    def bounded(self, work):
+        helper = Helper()
+        try:
+            helper.do(work)
+        except Hang as exc:
+            self.fail(f"hangs in {exc}")
+        finally:
+            helper.end()
+
+
+class ForeignFileTest(NotASpoolCase):
+    """A file of ours is known by what is in it; whatever else is there is none of our business."""
+
+    def also_by_a_link(self, path):
+        """Try the path, then a symbolic link to it."""
+        with self.subTest(path.name):
+            self.refuses(str(path))
+        link = self.folder() / f"link-to-{path.name}"
+        with self.subTest(link.name):
+            try:
+                link.symlink_to(path)
+            except OSError:
+                return  # Windows wants a right for it
+            before = self.state(path)
+            self.refuses(str(link))
+            self.assertEqual(self.state(path), before)
+
+    def test_a_folder_keeps_its_mode_and_is_refused(self):
+        for mode in (0o755, 0o1777, 0o700):
+            path = self.folder() / "folder"
+            path.mkdir()
+            path.chmod(mode)
+            self.also_by_a_link(path)
+
+    def test_a_pipe_a_socket_and_a_device_keep_their_modes_and_are_refused(self):
+        folder = self.folder()
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(folder / "pipe", 0o666)
+        if hasattr(socket, "AF_UNIX"):
+            server = socket.socket(socket.AF_UNIX)
+            self.addCleanup(server.close)
+            server.bind(str(folder / "socket"))
+        with contextlib.suppress(OSError, AttributeError):  # only root may, and not everywhere
+            os.mknod(folder / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        for path in folder.iterdir():
+            path.chmod(0o666)
+        for path in sorted(folder.iterdir()):
+            self.also_by_a_link(path)
+
+    def test_text_is_left_as_it_is_and_refused(self):
+        for name, text in (
+            ("page.html", b"<!doctype html>\n" + b"<p>hello</p>\n" * 500),
+            ("short.txt", b"x"),
+            ("almost.db", b"SQLite format 2\0" + bytes(100)),
+        ):
+            path = self.folder() / name
+            path.write_bytes(text)
+            path.chmod(0o644)
+            self.also_by_a_link(path)
+
+    def test_the_database_of_another_program_is_left_as_it_is_and_refused(self):
+        for name, pragmas in (
+            ("plain", ()),
+            ("version-1", ("user_version = 1",)),
+            ("version-2", ("user_version = 2",)),
+            ("other-id", ("application_id = 252006673", "user_version = 1")),
+            ("wal", ("journal_mode = WAL", "user_version = 1")),
+        ):
+            path = self.folder() / f"{name}.db"
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                for pragma in pragmas:
+                    other.execute(f"PRAGMA {pragma}")
+                other.execute("CREATE TABLE logs (id INTEGER PRIMARY KEY, text TEXT)")
+                other.execute("INSERT INTO logs (text) VALUES ('theirs')")
+                other.commit()
+            path.chmod(0o644)
+            self.also_by_a_link(path)
+
+
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root makes others' files")
+class OtherUserTest(NotASpoolCase):
+    """What another user can do in a folder that it may write to."""
+
+    OTHER = 65534
+
+    def setUp(self):
+        super().setUp()
+        probe = self.folder() / "probe"
+        probe.touch()
+        try:
+            os.chown(probe, self.OTHER, self.OTHER)
+        except OSError:
+            self.skipTest("this root may not give files away")
+
+    def shared(self, mode=0o1777):
+        folder = self.folder() / "shared"
+        folder.mkdir()
+        folder.chmod(mode)
+        return folder
+
+    def give_away(self, *paths):
+        for path in paths:
+            os.chown(path, self.OTHER, self.OTHER, follow_symlinks=False)
+
+    def planted(self, path, mode=0o666):
+        """Let the other user have a valid spool there, with logs that it wants to be sent."""
+        self.make_spool(3, path)
+        path.chmod(mode)
+        self.give_away(*path.parent.iterdir())
+        return path
+
+    def test_a_spool_in_a_folder_that_everybody_may_change_is_refused(self):
+        for mode in (0o777, 0o773, 0o722):
+            path = self.shared(mode) / "spool.db"
+            with self.subTest(oct(mode), there=False):
+                self.refuses(str(path))
+            folder = self.shared(0o700)
+            self.make_spool(3, folder / "spool.db")
+            folder.chmod(mode)
+            with self.subTest(oct(mode), there=True):
+                self.refuses(str(folder / "spool.db"))
+
+    def test_a_spool_in_a_sticky_folder_that_everybody_may_write_to_works(self):
+        path = self.shared() / "spool.db"
+        self.make_spool(3, path)
+        self.assertEqual(len(self.drain(path)), 3)
+        self.assertEqual([r for r in self.records if r.levelno >= logging.WARNING], [])
+
+    def test_a_spool_that_another_user_planted_is_neither_read_nor_changed(self):
+        for mode in (0o666, 0o600, 0o644):
+            with self.subTest(oct(mode)):
+                self.refuses(str(self.planted(self.shared() / "spool.db", mode)))
+
+    def test_a_spool_that_another_user_planted_is_not_read_by_a_user_who_is_not_root(self):
+        folder = self.shared()
+        path = self.planted(folder / "spool.db")
+        folder.parent.chmod(0o755)
+        before = self.state(path)
+        done = self.python(
+            PRELUDE
+            + """
+import email.utils, http.client, json, logging, sqlite3
+os.setgroups([]); os.setgid(65533); os.setuid(65533)
+sent = []
+def transport(method, url, body, headers, timeout):
+    sent.extend(json.loads(body))
+    return 200, b"", {}
+c = client("http://x", transport=transport, spool=sys.argv[1])
+c.log(Log("mine", 1))
+assert c.flush(20), c.stats()
+c.close(20)
+say(*(entry["event"] for entry in sent))
+""",
+            path,
+        )
+        self.assertEqual(done.stdout.split(), ["mine"], done.stderr)
+        self.assertEqual(self.state(path), before)
+
+    def test_what_another_user_planted_beside_a_spool_of_ours_is_neither_read_nor_changed(self):
+        """Files of ours have names that can be guessed: PATH.2 and so on, and those of SQLite."""
+        for suffix in (".2", ".3", "-wal", "-journal"):
+            with self.subTest(suffix):
+                folder = self.shared()
+                path = folder / "spool.db"
+                mine, theirs = self.make_spool(2, path)[1], folder / f"spool.db{suffix}"
+                source = self.planted(self.shared() / "spool.db")
+                theirs.write_bytes(source.read_bytes())
+                theirs.chmod(0o666)
+                self.give_away(theirs)
+                before = self.state(path)[theirs.name]
+                sent = self.drain(path)
+                self.assertEqual(set(sent) - set(mine), set(), "logs of another user")
+                self.assertEqual(self.state(path).get(theirs.name), before)
+
+    def test_a_link_that_another_user_planted_is_not_followed(self):
+        def victim(kind):
+            folder = self.folder() / "private"
+            folder.mkdir(mode=0o700)
+            path = folder / "victim"
+            if kind == "text":
+                path.write_bytes(b"theirs\n")
+                path.chmod(0o644)
+            elif kind == "spool":
+                self.make_spool(2, path)
+            elif kind == "empty":
+                path.touch(0o644)
+            return path
+
+        for kind in ("text", "spool", "empty", "missing"):
+            for suffix in ("", "-wal", "-journal"):
+                with self.subTest(kind, suffix=suffix):
+                    folder, target = self.shared(), victim(kind)
+                    path, link = folder / "spool.db", folder / f"spool.db{suffix}"
+                    link.symlink_to(target)
+                    self.give_away(link)
+                    before = self.state(str(target))
+                    if suffix:
+                        self.make_spool(1, path)
+                        with contextlib.suppress(AssertionError):
+                            self.drain(path)
+                    else:
+                        self.refuses(str(path))
+                    self.assertEqual(self.state(str(target)), before)
 
 
 # ---- Transport: a scripted server ------------------------------------------
