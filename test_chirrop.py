@@ -3337,7 +3337,8 @@ log(c)
         code = """
 import ctypes
 c = client()
-log(c, 3)                       # as an import of the application does; senders are at work from here on
+log(c, 3)                       # as an import of the application does; a sender waits from here on,
+assert c.flush(20), c.stats()   # and not for the GIL: a child in C could not do without it
 os.fork = ctypes.PyDLL(None).fork
 def child():
     log(c, 3)
