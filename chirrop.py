@@ -2716,10 +2716,8 @@ class _Sender:
         try:
             while self._threads is threads and self._turn(threads):
                 pass
-        except (
-            BaseException
-        ) as exc:  # a worker's abort, in here; the next log starts another sender
-            self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
+        except BaseException:
+            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
         finally:
             if self._threads is threads:
                 self._wake_at = 1.0
@@ -2925,16 +2923,21 @@ def _at_exit() -> None:
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
     trouble: BaseException | None = None
-    for step in (_Sender.hurry, _Sender.flush, _Sender.close):
-        for sender in senders:
-            for _ in range(3):  # interrupted twice, it is done all the same
-                try:
-                    step(sender, deadline)
-                    break
-                except BaseException as exc:
-                    trouble = exc
-                    if not isinstance(exc, Exception):  # Ctrl-C: no more waiting
-                        deadline = 0.0
+    steps: list[tuple[Callable[[_Sender, float], object], _Sender, int]] = []
+    steps += [(_Sender.hurry, sender, 1) for sender in senders]
+    # Whoever has no thread sends in this one, and may not use up the others' time.
+    steps += [(_Sender.flush, sender, len(senders) - i) for i, sender in enumerate(senders)]
+    steps += [(_Sender.close, sender, 1) for sender in senders]
+    for step, sender, share in steps:
+        for _ in range(3):  # interrupted twice, it is done all the same
+            try:
+                now = time.monotonic()
+                step(sender, now + max(0.0, deadline - now) / share)
+                break
+            except BaseException as exc:
+                trouble = exc
+                if isinstance(exc, KeyboardInterrupt):  # no more waiting
+                    deadline = 0.0
     if trouble is not None:
         raise trouble
 
