@@ -943,7 +943,7 @@ class Config:
             transport=_optional("transport", transport, "callable", callable(transport)),
             ssl_context=ssl_context,
             spool=_optional(
-                "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
+                "spool", spool, "a SqliteSpool or a path", is_path or isinstance(spool, SqliteSpool)
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
             disabled=disabled,
@@ -1006,7 +1006,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   tend()               do what takes its time; without the lock
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
-#   close()              end
+#   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
 # read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
@@ -1032,15 +1032,27 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
+def _innermost(exc: BaseException) -> str:
+    """Return the name of the module in whose frame an exception was raised."""
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
+
+
 def _is_from_handler(exc: BaseException) -> bool:
-    """Tell whether an exception was raised by a signal handler, on top of what it interrupted.
+    """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
     Its frame tells, not its type: a time limit may well be a TimeoutError.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        handler = getattr(handler, "func", handler)  # a functools.partial
+        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
+        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
@@ -1053,12 +1065,13 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
+        self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
         # The spool file that holds them, their ids there, and how many logs were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
@@ -1163,43 +1176,43 @@ class _NoSpool(ChirrOpError):
     """What stands at a spool's path is not a spool, or cannot be trusted; it is left as it was."""
 
 
-def _lock_file(path: str) -> int | None:
-    """Return a descriptor that holds a lock until it is closed or its process dies.
+def _lock_file(path: str) -> Any:
+    """Return an open file that holds a lock until it is closed, dropped, or its process dies.
 
     None: somebody else holds it, in this process or another.
     """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        fd = os.open(path, flags, 0o600)
+        file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))
+        _check_owner(path, os.fstat(file.fileno()))
         try:
             if sys.platform == "win32":
                 import msvcrt
 
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_owner(path, os.fstat(fd))
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return fd
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
         except (BlockingIOError, PermissionError):
-            os.close(fd)
+            file.close()
             return None
         except FileNotFoundError:
             pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its holder has removed it meanwhile: that lock means nothing any more
+        file.close()  # its holder has removed it meanwhile: that lock means nothing any more
 
 
-def _unlock_file(path: str, fd: int) -> None:
+def _unlock_file(file: Any) -> None:
     try:
-        os.unlink(path)  # before the lock is given up: nobody must find the file and lock it
+        if not file.closed:
+            os.unlink(
+                file.name
+            )  # before the lock is given up: nobody must find the file and lock it
     except OSError:
         pass  # Windows cannot; an unlocked file is as good as none
-    os.close(fd)
+    file.close()
 
 
 def _check_owner(path: str, found: os.stat_result) -> None:
@@ -1250,8 +1263,8 @@ def _check_header(path: str) -> bool:
 class _SpoolFile:
     """One file of a spool that this process holds: its lock, its connections, how far it is read."""
 
-    def __init__(self, path: str, fd: int, conn: Any, side: Any) -> None:
-        self.path, self.fd = path, fd
+    def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
+        self.path, self.lock = path, lock
         self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         self.count: int | None = None  # rows that waited then; None: not counted yet
@@ -1296,17 +1309,20 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty."""
-        conn, self.conn = self.conn, None
+        """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
+
+        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        """
+        conn = self.conn
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
-            self.side.close()
             conn.close()
             for suffix in ("", "-wal", "-shm") if empty else ():
                 if os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
         finally:
-            _unlock_file(self.path + "-lock", self.fd)
+            self.conn = None
+            _unlock_file(self.lock)
 
 
 class SqliteSpool:
@@ -1358,6 +1374,7 @@ class SqliteSpool:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
         self._sqlite3 = sqlite3
+        self._failures = (OSError, ValueError, OverflowError, TypeError, sqlite3.Error)
         self.path = os.path.abspath(os.fspath(path))
         self.max_bytes = _integer("max_bytes", max_bytes, 0)
         self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
@@ -1372,6 +1389,7 @@ class SqliteSpool:
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
+        self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
         self._adopt_at = 0.0
@@ -1390,7 +1408,7 @@ class SqliteSpool:
         if self.required:
             try:
                 spool._own = spool._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {self.path} cannot be used: {exc}") from exc
@@ -1490,8 +1508,8 @@ class SqliteSpool:
                 return None
         elif not create:
             return None
-        fd = _lock_file(path + "-lock")
-        if fd is None:
+        lock = _lock_file(path + "-lock")
+        if lock is None:
             return None
         conn = side = None
         try:
@@ -1504,15 +1522,15 @@ class SqliteSpool:
             conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-            file = _SpoolFile(path, fd, conn, side)
+            file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
             for opened in (conn, side):
                 if opened is not None:
                     opened.close()
-            if self._is_damage(exc) and not isinstance(exc, _NoSpool):
+            if self._is_damage(exc):
                 self._set_aside(path)
-            _unlock_file(path + "-lock", fd)
+            _unlock_file(lock)
             raise
         if os.lstat(path).st_mode & 0o077 and os.name == "posix":
             self.warn(f"spool {path} can be read by other users: chmod 600 it")
@@ -1520,10 +1538,11 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None while there is none."""
-        if self._own is None and not self._closed and time.monotonic() >= self._retry_at:
+        due = not self._closed and time.monotonic() >= self._retry_at
+        if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 self._trouble(None, exc)
         return self._own
 
@@ -1531,13 +1550,17 @@ class SqliteSpool:
         """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
         try:
             return (work(*args),) if file.conn is not None else ()
-        except (OSError, ValueError, OverflowError, TypeError, self._sqlite3.Error) as exc:
+        except self._failures as exc:
             self._trouble(file, exc)
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one; signal handlers' errors pass."""
-        if _is_from_handler(exc) or isinstance(exc, (MemoryError, RecursionError)):
+        """Say what is wrong with a file, and give up a damaged one.
+
+        What was not raised in this file, or by a function in C that it called, is not the disk's: a
+        signal handler's error goes to its caller.
+        """
+        if _innermost(exc) not in (__name__, "genericpath", "posixpath", "ntpath"):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1550,18 +1573,20 @@ class SqliteSpool:
     def _is_damage(self, exc: BaseException) -> bool:
         """Tell damage from a matter of the disk or of locks."""
         sqlite3, text = self._sqlite3, str(exc)
+        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):
+            return False
         if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
     def _give_up(self, file: _SpoolFile) -> None:
-        if file is self._own:
-            self._own = None
-        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
+        self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
             pass  # it is damaged, or was closed before
+        self._own = None if file is self._own else self._own
+        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
 
     def _set_aside(self, path: str) -> None:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}"
@@ -1644,9 +1669,22 @@ class SqliteSpool:
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
     def close(self) -> None:
+        """Close the files; not under the lock, for which the thread that tends may be waiting."""
         self._closed = True
+        _exclusively(self.tending, self._close)
+
+    def _close(self) -> None:
         for file in self._files():
-            self._give_up(file)
+            self._close_side(file.side)
+            _exclusively(self.lock, self._give_up, file)
+        while self._sides:
+            self._close_side(self._sides.popleft())
+
+    def _close_side(self, side: Any) -> None:
+        try:
+            side.close()
+        except self._sqlite3.Error:
+            pass  # its file is damaged
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1655,6 +1693,8 @@ class SqliteSpool:
         _exclusively(self.tending, self._tend)
 
     def _tend(self) -> None:
+        while self._sides:
+            self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
             return
@@ -1686,7 +1726,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 file = self._open(path, create=False) if path not in held else None
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 continue  # it is no spool, or cannot be used now
@@ -1725,8 +1765,8 @@ class SqliteSpool:
                 found = os.stat(file.path)
                 _inherited[found.st_dev, found.st_ino] = (file.conn, file.side)
             except OSError:
-                _inherited[-1, file.fd] = (file.conn, file.side)
-            os.close(file.fd)  # the parent's own descriptor keeps the lock
+                _inherited[-1, file.lock.fileno()] = (file.conn, file.side)
+            file.lock.close()  # the parent's own descriptor keeps the lock
         self._reset()
 
 
@@ -2320,6 +2360,8 @@ class _Outbox:
         A request still in flight no longer counts, whatever becomes of it.
         """
         self._locked(self._stop, clean)
+        self.buffer.close()
+        self._locked(self._sweep, "not sent before close")
 
     def _stop(self, clean: bool) -> None:
         state = self.state
@@ -2331,8 +2373,6 @@ class _Outbox:
                 clean=clean and not held,
                 left=left,
             )
-        self.buffer.close()
-        self._sweep("not sent before close")
 
     def sweep(self) -> None:
         """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
@@ -2480,9 +2520,9 @@ class _Reporter:
 
     def run(self, final: bool = False) -> None:
         """Tell what is due, in this thread; `final` lets no limit hold it back."""
-        if not _is_inside(_Reporter.tell.__code__):
+        if not _is_inside(_Reporter.tell.__code__, _exclusively.__code__):
             self.tell()
-        self.write(final)
+            self.write(final)
 
     def tell(self) -> None:
         """Call on_drop for each drop that it has not heard of."""
@@ -2490,8 +2530,8 @@ class _Reporter:
             drop = self._outbox.state.untold[0]
             try:
                 self._on_drop([_decoded(item) for item in drop.items], drop.error)
-            except Exception as exc:  # it is the application's code
-                if _is_from_handler(exc):
+            except BaseException as exc:  # it is the application's code
+                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
@@ -2591,18 +2631,26 @@ class _Sender:
         """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
         outbox, buffer = self.outbox, self.outbox.buffer
         if outbox.closed:
-            self.report.note(
-                "late", _WARNING, "logged after close: this and further logs are dropped"
-            )
-        if self._config.queue_size and not outbox.closed:
+            return self._put_late(data)
+        if self._config.queue_size:
             self._put_bounded(data)
         else:
             buffer.put(data)
-        if outbox.state.stopped:
-            outbox.sweep()
-            self._tell()
-        elif buffer.level() >= self._wake_at and self._bell.is_silent():
+        if buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
+        if outbox.state.stopped:  # since the check above: the last sweep may have missed this log
+            outbox.sweep()
+        return None
+
+    def _put_late(self, data: bytes) -> None:
+        self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
+        if _is_inside(_Reporter.tell.__code__):  # else on_drop would hear of what it logs itself
+            return self.refuse("closed", data, ChirrOpError("logged after close"))
+        self.outbox.buffer.put(data)
+        if self.outbox.state.stopped:
+            self.outbox.sweep()
+            self._tell()
+        return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
@@ -2613,8 +2661,8 @@ class _Sender:
         deadline = self._clock() + self._config.timeout
         while not self.outbox.offer(data):
             self.wake()  # a full queue is a full batch
-            room = not self._is_nested() and self._alive() and self._wait(self._has_room, deadline)
-            if not room:
+            nested = _is_inside(_exclusively.__code__, _Sender._run.__code__)
+            if nested or not self._alive() or not self._wait(self._has_room, deadline):
                 size = self._config.queue_size
                 raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
 
@@ -2629,6 +2677,11 @@ class _Sender:
             self._bell.ring()
         else:
             self._spawn()
+
+    def _ring(self) -> None:
+        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        if self._alive():
+            self._bell.ring()
 
     def _alive(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
@@ -2710,7 +2763,8 @@ class _Sender:
         """Make one attempt, account for it, and tell whoever must know."""
         threads = self._threads
         body = b"[" + b",".join(batch.items) + b"]"
-        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        url = self._config.api_endpoint
+        answer = self._link.attempt("POST", url, body, timeout, answers=batch.answers)
         if self._threads is not threads:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
@@ -2720,7 +2774,7 @@ class _Sender:
         self._tell()
         if self.outbox.state.width > len(threads) > 0:
             self._spawn()
-        self._bell.ring()
+        self._ring()
 
     # Callers that wait.
 
@@ -2780,12 +2834,14 @@ class _Sender:
         return math.inf if timeout is None else self._clock() + timeout
 
     def flush(self, deadline: float) -> bool:
-        if self._is_nested():
-            return not self.outbox.held()
+        if _is_inside(_exclusively.__code__):
+            return False  # a sender may need the lock that this thread has
+        if _is_inside(_Sender._run.__code__, _Sender._deliver.__code__, _Reporter.tell.__code__):
+            return not self.outbox.held()  # this thread would wait for itself
         self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
-            self._bell.ring()
+            self._ring()
             self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
             done = bool(self.outbox.outcome(flush))
         finally:
@@ -2806,7 +2862,7 @@ class _Sender:
     def shut(self, clean: bool, deadline: float) -> None:
         """End all sending now, and report what that drops; waits for threads until `deadline`."""
         self.outbox.stop(clean)
-        self._bell.ring()  # for the leader; the others see that the outbox is stopped
+        self._ring()  # for the leader; the others see that the outbox is stopped
         self._tell()
         self._hand_over(deadline)
         # One that is idle ends at once; one in a request ends after it, and is not waited for long.
@@ -2845,15 +2901,6 @@ class _Sender:
         else:
             self._link.close()
             _open_senders.discard(self)
-
-    def _is_nested(self) -> bool:
-        """Tell whether to wait here would be to wait for this very thread."""
-        return _is_inside(
-            _exclusively.__code__,
-            _Sender._run.__code__,
-            _Sender._deliver.__code__,
-            _Reporter.tell.__code__,
-        )
 
 
 def _discard(things: list[Any], thing: object) -> None:
@@ -2902,24 +2949,21 @@ def _close_with_multiprocessing() -> None:
 
 _finalizing: dict[str, int] = {}  # the process in which that has been arranged
 
-_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's use of SQLite
+_FORK_SECONDS = 5.0  # a fork waits at most so long for other threads' use of SQLite
 
 
 def _locks() -> list[Any]:
     """Return the locks under which SQLite is used, in the order in which they are taken."""
-    buffers = [sender.outbox.buffer for sender in list(_open_senders)]
-    return [
-        lock
-        for buffer in buffers
-        for lock in (getattr(buffer, "tending", None), buffer.lock)
-        if lock
-    ]
+    buffers: list[Any] = [sender.outbox.buffer for sender in list(_open_senders)]
+    spools = [buffer for buffer in buffers if isinstance(buffer, SqliteSpool)]
+    return [lock for spool in spools for lock in (spool.tending, spool.lock)]
 
 
 def _before_fork() -> None:
     """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
+    deadline = time.monotonic() + _FORK_SECONDS
     for lock in _locks():
-        lock.acquire(timeout=_FORK_SECONDS)
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_parent() -> None:
@@ -3264,16 +3308,26 @@ class _Link:
                 pass
 
     def attempt(
-        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        timeout: float,
+        repeatable: bool = True,
+        answers: list[Any] | None = None,
     ) -> _Answer:
+        """Return the answer to one request; it is in `answers`, too, before anything can interrupt."""
+        answers = [] if answers is None else answers
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
         if not repeatable:
             headers["Connection"] = "close"
         try:
-            answer: Any = self._transport(method, url, body, headers, timeout)
-            status, content, fields = answer
+            if not answers:
+                call = ((method,), (url,), (body,), (headers,), (timeout,))
+                answers.extend(map(self._transport, *call))
+            status, content, fields = answers[0]
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 kinds = f"{type(status).__name__}, {type(content).__name__}"
                 raise TypeError(f"transport returned {kinds}")
