@@ -3247,6 +3247,14 @@ class TimeLimit(Exception):
     """What a task queue's soft time limit raises from its signal handler."""
 
 
+BY_HANDLERS = (TimeLimit, KeyboardInterrupt, SystemExit)  # the others need none
+
+
+def handle(number, frame):
+    """Raise, as the handler of a signal, what is under test."""
+    raise handle.thrown
+
+
 class Hang(BaseException):
     """Something took longer than PATIENCE; says where."""
 
@@ -3704,12 +3712,14 @@ class Trials:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
+        before = signal.signal(signal.SIGUSR1, handle)
         gc.disable()
         try:
             with Step.installed(deep), mock.patch("threading.Thread.start", start_or_not):
                 yield
         finally:
             cls.threads_forbidden = False
+            signal.signal(signal.SIGUSR1, before)
             gc.enable()
             gc.collect()
 
@@ -3766,6 +3776,9 @@ class Trials:
         thrown = happening("thrown") if raising else None
 
         def act():
+            if happening in BY_HANDLERS:
+                handle.thrown = thrown
+                handle(signal.SIGUSR1, sys._getframe())
             if raising:
                 raise thrown
             try:
