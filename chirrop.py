@@ -851,6 +851,8 @@ def _checked_level(value: object) -> int:
 class Config:
     """Settings of a client, checked when they are made; no client changes them, so one can serve many.
 
+    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
+
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
@@ -866,7 +868,8 @@ class Config:
         servicer_retries: further attempts of a control-plane call, from 0.
         on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
         max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
-        exit_timeout: seconds that all clients together may delay the end of the process, from 0.
+        exit_timeout: seconds that all clients together may delay the end of the process, and that a client
+            may delay the end of a Lambda invocation, from 0.
         transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
@@ -974,6 +977,23 @@ class Config:
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
 
+    def __copy__(self, _: object = None) -> Config:
+        return self
+
+    __deepcopy__ = __copy__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_config, ({**self.__dict__, "api_key": None},)
+
+
+def _restore_config(fields: dict[str, Any]) -> Config:
+    """Return a Config from a pickle: brokers, schedulers and disks keep those, so a key is not in them."""
+    try:
+        return Config(**fields)
+    except ChirrOpValidationError as exc:
+        text = f"cannot unpickle a Config, which travels without its key: {exc}"
+        raise ChirrOpValidationError(text) from exc
+
 
 # ---- Buffers --------------------------------------------------------------
 # In: encoded logs, one at a time. Out: the oldest of them, as many as a batch may hold. Both kinds:
@@ -986,7 +1006,7 @@ class Config:
 #   tend()               do what takes its time; without the lock
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
-#   close()              end
+#   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
 # read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
@@ -1276,11 +1296,13 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty."""
+        """Give the file up, and remove it if that is allowed and it is empty.
+
+        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        """
         conn, self.conn = self.conn, None
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
-            self.side.close()
             conn.close()
             for suffix in ("", "-wal", "-shm") if empty else ():
                 if os.path.lexists(self.path + suffix):
@@ -1352,6 +1374,7 @@ class SqliteSpool:
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
+        self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
         self._adopt_at = 0.0
@@ -1538,6 +1561,7 @@ class SqliteSpool:
         if file is self._own:
             self._own = None
         self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
+        self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
@@ -1624,9 +1648,22 @@ class SqliteSpool:
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
     def close(self) -> None:
+        """Close the files; not under the lock, for which the thread that tends may be waiting."""
         self._closed = True
+        _exclusively(self.tending, self._close)
+
+    def _close(self) -> None:
         for file in self._files():
-            self._give_up(file)
+            self._close_side(file.side)
+            _exclusively(self.lock, self._give_up, file)
+        while self._sides:
+            self._close_side(self._sides.popleft())
+
+    def _close_side(self, side: Any) -> None:
+        try:
+            side.close()
+        except self._sqlite3.Error:
+            pass  # its file is damaged
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1635,6 +1672,8 @@ class SqliteSpool:
         _exclusively(self.tending, self._tend)
 
     def _tend(self) -> None:
+        while self._sides:
+            self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
             return
@@ -2300,6 +2339,8 @@ class _Outbox:
         A request still in flight no longer counts, whatever becomes of it.
         """
         self._locked(self._stop, clean)
+        self.buffer.close()
+        self._locked(self._sweep, "not sent before close")
 
     def _stop(self, clean: bool) -> None:
         state = self.state
@@ -2311,8 +2352,6 @@ class _Outbox:
                 clean=clean and not held,
                 left=left,
             )
-        self.buffer.close()
-        self._sweep("not sent before close")
 
     def sweep(self) -> None:
         """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
@@ -2470,8 +2509,8 @@ class _Reporter:
             drop = self._outbox.state.untold[0]
             try:
                 self._on_drop([_decoded(item) for item in drop.items], drop.error)
-            except Exception as exc:  # it is the application's code
-                if _is_from_handler(exc):
+            except BaseException as exc:  # it is the application's code
+                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
@@ -2571,18 +2610,26 @@ class _Sender:
         """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
         outbox, buffer = self.outbox, self.outbox.buffer
         if outbox.closed:
-            self.report.note(
-                "late", _WARNING, "logged after close: this and further logs are dropped"
-            )
-        if self._config.queue_size and not outbox.closed:
+            return self._put_late(data)
+        if self._config.queue_size:
             self._put_bounded(data)
         else:
             buffer.put(data)
-        if outbox.state.stopped:
-            outbox.sweep()
-            self._tell()
-        elif buffer.level() >= self._wake_at and self._bell.is_silent():
+        if buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
+        if outbox.state.stopped:  # since the check above: the last sweep may have missed this log
+            outbox.sweep()
+        return None
+
+    def _put_late(self, data: bytes) -> None:
+        self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
+        if _is_inside(_Reporter.tell.__code__):  # else on_drop would hear of what it logs itself
+            return self.refuse("closed", data, ChirrOpError("logged after close"))
+        self.outbox.buffer.put(data)
+        if self.outbox.state.stopped:
+            self.outbox.sweep()
+            self._tell()
+        return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
@@ -2593,8 +2640,8 @@ class _Sender:
         deadline = self._clock() + self._config.timeout
         while not self.outbox.offer(data):
             self.wake()  # a full queue is a full batch
-            room = not self._is_nested() and self._alive() and self._wait(self._has_room, deadline)
-            if not room:
+            nested = _is_inside(_exclusively.__code__, _Sender._run.__code__)
+            if nested or not self._alive() or not self._wait(self._has_room, deadline):
                 size = self._config.queue_size
                 raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
 
@@ -2643,7 +2690,9 @@ class _Sender:
         try:
             while self._threads is threads and self._turn(threads):
                 pass
-        except BaseException as exc:  # a worker's abort, in here; the next log starts another sender
+        except (
+            BaseException
+        ) as exc:  # a worker's abort, in here; the next log starts another sender
             self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
         finally:
             if self._threads is threads:
@@ -2758,8 +2807,10 @@ class _Sender:
         return math.inf if timeout is None else self._clock() + timeout
 
     def flush(self, deadline: float) -> bool:
-        if self._is_nested():
-            return not self.outbox.held()
+        if _is_inside(_exclusively.__code__):
+            return False  # a sender may need the lock that this thread has
+        if _is_inside(_Sender._run.__code__, _Sender._deliver.__code__, _Reporter.tell.__code__):
+            return not self.outbox.held()  # this thread would wait for itself
         self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
@@ -2824,15 +2875,6 @@ class _Sender:
             self._link.close()
             _open_senders.discard(self)
 
-    def _is_nested(self) -> bool:
-        """Tell whether to wait here would be to wait for this very thread."""
-        return _is_inside(
-            _exclusively.__code__,
-            _Sender._run.__code__,
-            _Sender._deliver.__code__,
-            _Reporter.tell.__code__,
-        )
-
 
 def _discard(things: list[Any], thing: object) -> None:
     try:
@@ -2880,24 +2922,21 @@ def _close_with_multiprocessing() -> None:
 
 _finalizing: dict[str, int] = {}  # the process in which that has been arranged
 
-_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's use of SQLite
+_FORK_SECONDS = 5.0  # a fork waits at most so long for other threads' use of SQLite
 
 
 def _locks() -> list[Any]:
     """Return the locks under which SQLite is used, in the order in which they are taken."""
-    buffers = [sender.outbox.buffer for sender in list(_open_senders)]
-    return [
-        lock
-        for buffer in buffers
-        for lock in (getattr(buffer, "tending", None), buffer.lock)
-        if lock
-    ]
+    buffers: list[Any] = [sender.outbox.buffer for sender in list(_open_senders)]
+    spools = [buffer for buffer in buffers if isinstance(buffer, SqliteSpool)]
+    return [lock for spool in spools for lock in (spool.tending, spool.lock)]
 
 
 def _before_fork() -> None:
     """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
+    deadline = time.monotonic() + _FORK_SECONDS
     for lock in _locks():
-        lock.acquire(timeout=_FORK_SECONDS)
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_parent() -> None:
@@ -3350,6 +3389,14 @@ def _as_given(values: Sequence[object]) -> bytes:
     return json.dumps(fields).encode()
 
 
+def _seconds_left(context: Any) -> float:
+    """Return what is left of a Lambda invocation; inf where its context does not say."""
+    try:
+        return float(context.get_remaining_time_in_millis()) / 1000
+    except Exception:  # None, as tests pass it, or a context of another make
+        return math.inf
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -3396,6 +3443,11 @@ class Client:
         if "_sender" not in self.__dict__:  # a traceback with locals shows one whose making failed
             return "<chirrop.Client>"
         return f"<chirrop.Client {self.config.api_endpoint} {self.stats()}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "cannot pickle or copy a Client: make it in the worker, and send its Config there"
+        )
 
     # Events.
 
@@ -3565,24 +3617,25 @@ class Client:
         """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
 
         Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched; 0.2 s are left for the return itself.
+        invocation. The handler's result and errors pass through untouched. A server that does not answer
+        costs an invocation `exit_timeout` seconds at most, and a tenth of that from the second one on,
+        until something gets through; 0.2 s of the remaining time are left for the return itself.
         """
         import functools
 
         @functools.wraps(handler)
         def run(event: Any, context: Any = None, *args: Any) -> Any:
+            before = self.stats()
             try:
                 return handler(event, context, *args)
             finally:
-                sender = self._here()
-                if sender.outbox.held():
-                    try:
-                        left = context.get_remaining_time_in_millis() / 1000
-                        # 0.2 s for the return itself
-                        self.flush(max(0.0, min(left - 0.2, 86400.0)))
-                    except Exception as exc:  # not a Lambda context
-                        text = f"no flush after the handler: {type(exc).__name__}: {exc}"
-                        sender.report.note("lambda", _ERROR, text)
+                after = self.stats()
+                if after.queued or after.in_flight:
+                    limit = self.config.exit_timeout
+                    left_over = before.queued or before.in_flight
+                    if left_over and before.last_error and before.delivered == after.delivered:
+                        limit /= 10
+                    self.flush(max(0.0, min(limit, _seconds_left(context) - 0.2)))
 
         return run  # type: ignore[return-value]
 
