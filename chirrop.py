@@ -943,7 +943,7 @@ class Config:
             transport=_optional("transport", transport, "callable", callable(transport)),
             ssl_context=ssl_context,
             spool=_optional(
-                "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
+                "spool", spool, "a SqliteSpool or a path", is_path or isinstance(spool, SqliteSpool)
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
             disabled=disabled,
@@ -1032,15 +1032,27 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
+def _innermost(exc: BaseException) -> str:
+    """Return the name of the module in whose frame an exception was raised."""
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
+
+
 def _is_from_handler(exc: BaseException) -> bool:
-    """Tell whether an exception was raised by a signal handler, on top of what it interrupted.
+    """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
     Its frame tells, not its type: a time limit may well be a TimeoutError.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        handler = getattr(handler, "func", handler)  # a functools.partial
+        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
+        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
@@ -1053,12 +1065,13 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
+        self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
         # The spool file that holds them, their ids there, and how many logs were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
@@ -1163,43 +1176,43 @@ class _NoSpool(ChirrOpError):
     """What stands at a spool's path is not a spool, or cannot be trusted; it is left as it was."""
 
 
-def _lock_file(path: str) -> int | None:
-    """Return a descriptor that holds a lock until it is closed or its process dies.
+def _lock_file(path: str) -> Any:
+    """Return an open file that holds a lock until it is closed, dropped, or its process dies.
 
     None: somebody else holds it, in this process or another.
     """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        fd = os.open(path, flags, 0o600)
+        file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))
+        _check_owner(path, os.fstat(file.fileno()))
         try:
             if sys.platform == "win32":
                 import msvcrt
 
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_owner(path, os.fstat(fd))
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return fd
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
         except (BlockingIOError, PermissionError):
-            os.close(fd)
+            file.close()
             return None
         except FileNotFoundError:
             pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its holder has removed it meanwhile: that lock means nothing any more
+        file.close()  # its holder has removed it meanwhile: that lock means nothing any more
 
 
-def _unlock_file(path: str, fd: int) -> None:
+def _unlock_file(file: Any) -> None:
     try:
-        os.unlink(path)  # before the lock is given up: nobody must find the file and lock it
+        if not file.closed:
+            os.unlink(
+                file.name
+            )  # before the lock is given up: nobody must find the file and lock it
     except OSError:
         pass  # Windows cannot; an unlocked file is as good as none
-    os.close(fd)
+    file.close()
 
 
 def _check_owner(path: str, found: os.stat_result) -> None:
@@ -1250,8 +1263,8 @@ def _check_header(path: str) -> bool:
 class _SpoolFile:
     """One file of a spool that this process holds: its lock, its connections, how far it is read."""
 
-    def __init__(self, path: str, fd: int, conn: Any, side: Any) -> None:
-        self.path, self.fd = path, fd
+    def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
+        self.path, self.lock = path, lock
         self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         self.count: int | None = None  # rows that waited then; None: not counted yet
@@ -1296,11 +1309,11 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty.
+        """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
 
         `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
         """
-        conn, self.conn = self.conn, None
+        conn = self.conn
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
             conn.close()
@@ -1308,7 +1321,8 @@ class _SpoolFile:
                 if os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
         finally:
-            _unlock_file(self.path + "-lock", self.fd)
+            self.conn = None
+            _unlock_file(self.lock)
 
 
 class SqliteSpool:
@@ -1360,6 +1374,7 @@ class SqliteSpool:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
         self._sqlite3 = sqlite3
+        self._failures = (OSError, ValueError, OverflowError, TypeError, sqlite3.Error)
         self.path = os.path.abspath(os.fspath(path))
         self.max_bytes = _integer("max_bytes", max_bytes, 0)
         self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
@@ -1393,7 +1408,7 @@ class SqliteSpool:
         if self.required:
             try:
                 spool._own = spool._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {self.path} cannot be used: {exc}") from exc
@@ -1493,8 +1508,8 @@ class SqliteSpool:
                 return None
         elif not create:
             return None
-        fd = _lock_file(path + "-lock")
-        if fd is None:
+        lock = _lock_file(path + "-lock")
+        if lock is None:
             return None
         conn = side = None
         try:
@@ -1507,15 +1522,15 @@ class SqliteSpool:
             conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-            file = _SpoolFile(path, fd, conn, side)
+            file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
             for opened in (conn, side):
                 if opened is not None:
                     opened.close()
-            if self._is_damage(exc) and not isinstance(exc, _NoSpool):
+            if self._is_damage(exc):
                 self._set_aside(path)
-            _unlock_file(path + "-lock", fd)
+            _unlock_file(lock)
             raise
         if os.lstat(path).st_mode & 0o077 and os.name == "posix":
             self.warn(f"spool {path} can be read by other users: chmod 600 it")
@@ -1523,10 +1538,11 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None while there is none."""
-        if self._own is None and not self._closed and time.monotonic() >= self._retry_at:
+        due = not self._closed and time.monotonic() >= self._retry_at
+        if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 self._trouble(None, exc)
         return self._own
 
@@ -1534,13 +1550,17 @@ class SqliteSpool:
         """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
         try:
             return (work(*args),) if file.conn is not None else ()
-        except (OSError, ValueError, OverflowError, TypeError, self._sqlite3.Error) as exc:
+        except self._failures as exc:
             self._trouble(file, exc)
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one; signal handlers' errors pass."""
-        if _is_from_handler(exc) or isinstance(exc, (MemoryError, RecursionError)):
+        """Say what is wrong with a file, and give up a damaged one.
+
+        What was not raised in this file, or by a function in C that it called, is not the disk's: a
+        signal handler's error goes to its caller.
+        """
+        if _innermost(exc) not in (__name__, "genericpath", "posixpath", "ntpath"):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1553,19 +1573,20 @@ class SqliteSpool:
     def _is_damage(self, exc: BaseException) -> bool:
         """Tell damage from a matter of the disk or of locks."""
         sqlite3, text = self._sqlite3, str(exc)
+        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):
+            return False
         if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
     def _give_up(self, file: _SpoolFile) -> None:
-        if file is self._own:
-            self._own = None
-        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
         self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
             pass  # it is damaged, or was closed before
+        self._own = None if file is self._own else self._own
+        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
 
     def _set_aside(self, path: str) -> None:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}"
@@ -1705,7 +1726,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 file = self._open(path, create=False) if path not in held else None
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 continue  # it is no spool, or cannot be used now
@@ -1744,8 +1765,8 @@ class SqliteSpool:
                 found = os.stat(file.path)
                 _inherited[found.st_dev, found.st_ino] = (file.conn, file.side)
             except OSError:
-                _inherited[-1, file.fd] = (file.conn, file.side)
-            os.close(file.fd)  # the parent's own descriptor keeps the lock
+                _inherited[-1, file.lock.fileno()] = (file.conn, file.side)
+            file.lock.close()  # the parent's own descriptor keeps the lock
         self._reset()
 
 
@@ -2499,9 +2520,9 @@ class _Reporter:
 
     def run(self, final: bool = False) -> None:
         """Tell what is due, in this thread; `final` lets no limit hold it back."""
-        if not _is_inside(_Reporter.tell.__code__):
+        if not _is_inside(_Reporter.tell.__code__, _exclusively.__code__):
             self.tell()
-        self.write(final)
+            self.write(final)
 
     def tell(self) -> None:
         """Call on_drop for each drop that it has not heard of."""
@@ -2657,6 +2678,11 @@ class _Sender:
         else:
             self._spawn()
 
+    def _ring(self) -> None:
+        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        if self._alive():
+            self._bell.ring()
+
     def _alive(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
 
@@ -2737,7 +2763,8 @@ class _Sender:
         """Make one attempt, account for it, and tell whoever must know."""
         threads = self._threads
         body = b"[" + b",".join(batch.items) + b"]"
-        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        url = self._config.api_endpoint
+        answer = self._link.attempt("POST", url, body, timeout, answers=batch.answers)
         if self._threads is not threads:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
@@ -2747,7 +2774,7 @@ class _Sender:
         self._tell()
         if self.outbox.state.width > len(threads) > 0:
             self._spawn()
-        self._bell.ring()
+        self._ring()
 
     # Callers that wait.
 
@@ -2814,7 +2841,7 @@ class _Sender:
         self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
-            self._bell.ring()
+            self._ring()
             self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
             done = bool(self.outbox.outcome(flush))
         finally:
@@ -2835,7 +2862,7 @@ class _Sender:
     def shut(self, clean: bool, deadline: float) -> None:
         """End all sending now, and report what that drops; waits for threads until `deadline`."""
         self.outbox.stop(clean)
-        self._bell.ring()  # for the leader; the others see that the outbox is stopped
+        self._ring()  # for the leader; the others see that the outbox is stopped
         self._tell()
         self._hand_over(deadline)
         # One that is idle ends at once; one in a request ends after it, and is not waited for long.
@@ -3281,16 +3308,26 @@ class _Link:
                 pass
 
     def attempt(
-        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        timeout: float,
+        repeatable: bool = True,
+        answers: list[Any] | None = None,
     ) -> _Answer:
+        """Return the answer to one request; it is in `answers`, too, before anything can interrupt."""
+        answers = [] if answers is None else answers
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
         if not repeatable:
             headers["Connection"] = "close"
         try:
-            answer: Any = self._transport(method, url, body, headers, timeout)
-            status, content, fields = answer
+            if not answers:
+                call = ((method,), (url,), (body,), (headers,), (timeout,))
+                answers.extend(map(self._transport, *call))
+            status, content, fields = answers[0]
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 kinds = f"{type(status).__name__}, {type(content).__name__}"
                 raise TypeError(f"transport returned {kinds}")
