@@ -4063,7 +4063,6 @@ class Trial:
         self.module, self.hooks, self.operation, self.spool = module, hooks, operation, spool
         self.others, self.wire = set(threading.enumerate()), Wire(server)
         self.returned, self.unsure, self.drops = [], [], []
-        self.operation = operation
         self.closed = False
         waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
         self.client = module.new_client(
