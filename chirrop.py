@@ -1032,14 +1032,6 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
-def _innermost(exc: BaseException) -> str:
-    """Return the name of the module in whose frame an exception was raised."""
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
-
-
 def _is_from_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
@@ -1555,12 +1547,8 @@ class SqliteSpool:
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one.
-
-        What was not raised in this file, or by a function in C that it called, is not the disk's: a
-        signal handler's error goes to its caller.
-        """
-        if _innermost(exc) not in (__name__, "genericpath", "posixpath", "ntpath"):
+        """Say what is wrong with a file, and give up a damaged one."""
+        if _is_from_handler(exc):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1633,7 +1621,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
-        return len(self._inbox) + self._rows()
+        return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1641,7 +1629,7 @@ class SqliteSpool:
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         for file in self._files():
-            if file.count is not None and not batch.items:
+            if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
         if not batch.items:
             _move(self._inbox, batch, limit)
@@ -1665,8 +1653,9 @@ class SqliteSpool:
         file = self._usable()
         while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
             pass
-        self._closed = True
-        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        self._closed = True  # what comes now is not stored, and what is in the files, not sent
+        return left
 
     def close(self) -> None:
         """Close the files; not under the lock, for which the thread that tends may be waiting."""
