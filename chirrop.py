@@ -1530,7 +1530,9 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None while there is none."""
-        due = not self._closed and time.monotonic() >= self._retry_at
+        if self._closed:
+            return None
+        due = time.monotonic() >= self._retry_at
         if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()

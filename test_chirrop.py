@@ -1777,7 +1777,7 @@ class SpoolTest(ProcessTestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.rows(path), 0)
 
-    def test_refused_logs_are_parked_and_wait_for_a_later_run(self):
+    def test_refused_logs_are_held_and_wait_for_a_later_run(self):
         for status in (401, 403, 404, 500, 503, 302):
             with self.subTest(status):
                 path = self.spool()
@@ -1792,11 +1792,12 @@ class SpoolTest(ProcessTestCase):
                     client.log(entry)
                 self.assertFalse(client.flush(LONG))
                 stats = self.assertBalanced(client)
-                self.assertEqual((stats.parked, stats.dropped, dropped), (3, {}, []))
+                self.assertEqual((stats.queued, stats.dropped, dropped), (3, {}, []))
                 self.assertEqual(len(client._link._transport.requests), 1)
-                client.flush(LONG)  # does not send a parked log again in this run
-                self.assertEqual(len(client._link._transport.requests), 1)
-                client.close(LONG)
+                self.assertFalse(client.flush(LONG))  # offers it again
+                self.assertEqual(len(client._link._transport.requests), 2)
+                client.close(0)
+                self.assertEqual(self.assertBalanced(client).queued, 3)
                 self.assertEqual(SqliteSpool(path).dead_letters(), [])
                 self.assertEqual(self.drain(path), [e.log_id for e in entries])
 
@@ -1863,21 +1864,30 @@ class SpoolTest(ProcessTestCase):
         client.flush(LONG)
         client.log(Log("x", 2))
         names = os.listdir(path.parent)
-        kinds = {".lock" if n.endswith(".lock") else n for n in names}
-        self.assertEqual(kinds, {"spool.db", "spool.db-wal", "spool.db-shm", ".lock"})
+        self.assertEqual(
+            set(names), {"spool.db", "spool.db-wal", "spool.db-shm", "spool.db-lock"}
+        )
         for name in names:
             self.assertEqual(stat.S_IMODE((path.parent / name).stat().st_mode), 0o600, name)
         # Read elsewhere: closing a file here would take the locks SQLite has on it in this process.
         code = "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
-    def test_a_file_opened_a_hundred_million_times_still_takes_logs(self):
-        path, left = self.make_spool()
-        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
-            conn.execute("UPDATE sqlite_sequence SET seq = 100000000")
-        _, later = self.make_spool(2, path)
+    def test_a_drained_spool_leaves_one_small_file(self):
+        path, left = self.make_spool(300)
+        again, later = self.make_spool(2, path)  # in PATH.2, since something waits in PATH
+        self.assertEqual(sorted(os.listdir(path.parent)), [path.name, path.name + ".2"])
         self.assertEqual(self.drain(path), left + later)
         self.assertEqual(os.listdir(path.parent), [path.name])
+        self.assertEqual(self.rows(path), 0)
+
+    def test_ids_are_not_given_out_twice_when_the_file_runs_empty(self):
+        client = self.client(spool=self.spool(), transport=FakeTransport(), flush_delay=60)
+        for count in range(1, 4):
+            client.log(Log("x", count))
+            self.assertEqual(client.stats().queued, 1)
+            self.assertTrue(client.flush(LONG))
+            self.assertEqual(self.assertBalanced(client).accepted, count)
 
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
@@ -1900,20 +1910,20 @@ class SpoolTest(ProcessTestCase):
         client.log(Log("room again", 1))
         self.assertLessEqual(path.stat().st_size, 64 * 1024)
 
-    def test_a_log_put_while_close_releases_the_file_is_reported_not_orphaned(self):
-        """The row would belong to an owner that close() has just forgotten: no later run would look for it."""
+    def test_a_log_put_while_close_ends_is_reported_not_orphaned(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport())
         client.log(Log("x", 1))
         client.flush(LONG)
         spool, late = client._outbox.buffer, Log("late", 1)
-        release = spool._release
+        leave = spool.leave
 
-        def release_with_a_late_log(conn):
-            release(conn)
-            spool._inbox.append(late._body)  # another thread in put(), before it gets the lock
+        def leave_with_a_late_log():
+            left = leave()
+            spool.put(late._body)  # as of another thread that has found the client open
+            return left
 
-        spool._release = release_with_a_late_log
+        spool.leave = leave_with_a_late_log
         client.close(LONG)
         stats = self.assertBalanced(client)
         self.assertEqual((stats.queued, stats.dropped), (0, {"closed": 1}))
@@ -1945,13 +1955,13 @@ class SpoolTest(ProcessTestCase):
                 len(self.drain(path)) + stats.dropped.get("closed", 0), 32, f"seed {seed}"
             )
 
-    def test_ctrl_c_inside_a_transaction_leaves_later_logs_committed(self):
+    def test_ctrl_c_inside_the_spool_leaves_later_logs_committed(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
         spool = client._outbox.buffer
         with (
-            mock.patch.object(spool, "_take_over", side_effect=KeyboardInterrupt),
+            mock.patch.object(spool, "_tend", side_effect=KeyboardInterrupt),
             self.assertRaises(KeyboardInterrupt),
         ):
             client.flush()
@@ -1959,21 +1969,19 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(self.rows(path), 2)
         self.assertTrue(client.flush(LONG))
 
-    def test_a_log_from_a_finaliser_inside_a_transaction_is_committed_with_it(self):
+    def test_a_log_from_a_finaliser_inside_the_spool_is_committed_at_once(self):
         path, entry = self.spool(), Log("from a finaliser", 1)
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        for name in ("_insert", "_take_over"):
+        for name, work in (("_put", lambda: client.log(Log("y", 1))), ("_rows", client.stats)):
             with self.subTest(name):
                 self.collect_inside(client, client._outbox.buffer, name, entry)
                 before = self.rows(path)
-                client.log(Log("y", 1)) if name == "_insert" else client.flush(LONG)
-                spool = client._outbox.buffer
-                self.assertFalse(spool._inbox)
-                self.assertEqual(client.stats().accepted, {"_insert": 3, "_take_over": 4}[name])
-                if name == "_insert":
-                    self.assertEqual(self.rows(path), before + 2)
+                work()
+                self.assertFalse(client._outbox.buffer._inbox)
+                self.assertEqual(self.rows(path), before + (2 if name == "_put" else 1))
         self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.assertBalanced(client).delivered, 4)
 
     def collect_inside(self, client, target, name, entry):
         """Arrange that the next call of target.name collects garbage whose finaliser logs `entry`, once."""
@@ -2093,7 +2101,7 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         connect = sqlite3.connect
 
         def read_only(name, **options):
-            return connect(f"file:{name}?mode=ro", uri=True, **options)
+            return connect(name.replace("mode=rw", "mode=ro"), **options)
 
         with mock.patch("sqlite3.connect", read_only):
             self.assertGoesOnInMemory(path)
@@ -2107,19 +2115,32 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         self.assertGoesOnInMemory(path)
         self.assertEqual((os.listdir(path.parent), path.read_bytes()), ([path.name], before))
 
-    def test_a_file_of_another_program_is_left_alone_or_kept_aside(self):
+    def test_a_file_of_another_program_is_left_alone(self):
         path = self.spool()
         path.write_text("these are my notes\n" * 100)
         self.assertGoesOnInMemory(path)
-        kept = [p for p in path.parent.iterdir() if ".damaged-" in p.name]
-        self.assertEqual([p.read_text() for p in kept], ["these are my notes\n" * 100])
+        self.assertEqual(path.read_text(), "these are my notes\n" * 100)
+        self.assertEqual(os.listdir(path.parent), [path.name])
+
+    def test_a_spool_of_the_first_layout_is_refused_with_its_reason(self):
+        path = self.spool()
+        with contextlib.closing(sqlite3.connect(path)) as conn:
+            conn.execute("CREATE TABLE logs (id INTEGER PRIMARY KEY, body BLOB, state INTEGER)")
+            conn.execute("PRAGMA user_version = 1")
+        before = path.read_bytes()
+        with self.assertRaisesRegex(ChirrOpError, "a spool of the first layout"):
+            new_client(api_key=KEY, spool=SqliteSpool(path, required=True))
+        with self.assertRaisesRegex(ChirrOpError, "it is no spool"):
+            SqliteSpool(path).dead_letters()
+        self.assertEqual(path.read_bytes(), before)
 
     def test_an_api_misuse_error_does_not_set_a_healthy_file_aside(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        client._outbox.buffer._transact(lambda conn: conn.execute("SELECT ?"))
-        client._outbox.buffer._retry_at = 0.0
+        spool = client._outbox.buffer
+        spool._attempt(spool._own, lambda: spool._own.conn.execute("SELECT ?"))
+        spool._retry_at = 0.0
         client.log(Log("x", 2))
         self.assertFalse([n for n in os.listdir(path.parent) if "damaged" in n])
         self.assertEqual(self.rows(path), 2)
