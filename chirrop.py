@@ -851,6 +851,8 @@ def _checked_level(value: object) -> int:
 class Config:
     """Settings of a client, checked when they are made; no client changes them, so one can serve many.
 
+    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
+
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
@@ -866,7 +868,8 @@ class Config:
         servicer_retries: further attempts of a control-plane call, from 0.
         on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
         max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
-        exit_timeout: seconds that all clients together may delay the end of the process, from 0.
+        exit_timeout: seconds that all clients together may delay the end of the process, and that a client
+            may delay the end of a Lambda invocation, from 0.
         transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
@@ -940,7 +943,7 @@ class Config:
             transport=_optional("transport", transport, "callable", callable(transport)),
             ssl_context=ssl_context,
             spool=_optional(
-                "spool", spool, "a SqliteSpool or a path", is_path or hasattr(spool, "take")
+                "spool", spool, "a SqliteSpool or a path", is_path or isinstance(spool, SqliteSpool)
             ),
             on_drop=_optional("on_drop", on_drop, "callable", callable(on_drop)),
             disabled=disabled,
@@ -974,6 +977,23 @@ class Config:
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
 
+    def __copy__(self, _: object = None) -> Config:
+        return self
+
+    __deepcopy__ = __copy__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_config, ({**self.__dict__, "api_key": None},)
+
+
+def _restore_config(fields: dict[str, Any]) -> Config:
+    """Return a Config from a pickle: brokers, schedulers and disks keep those, so a key is not in them."""
+    try:
+        return Config(**fields)
+    except ChirrOpValidationError as exc:
+        text = f"cannot unpickle a Config, which travels without its key: {exc}"
+        raise ChirrOpValidationError(text) from exc
+
 
 # ---- Buffers --------------------------------------------------------------
 # In: encoded logs, one at a time. Out: the oldest of them, as many as a batch may hold. Both kinds:
@@ -986,7 +1006,7 @@ class Config:
 #   tend()               do what takes its time; without the lock
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
-#   close()              end
+#   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
 # read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
@@ -1013,14 +1033,18 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
 
 
 def _is_from_handler(exc: BaseException) -> bool:
-    """Tell whether an exception was raised by a signal handler, on top of what it interrupted.
+    """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
     Its frame tells, not its type: a time limit may well be a TimeoutError.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        handler = getattr(handler, "func", handler)  # a functools.partial
+        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
+        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
@@ -1033,12 +1057,13 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
+        self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
         # The spool file that holds them, their ids there, and how many logs were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
@@ -1143,58 +1168,58 @@ class _NoSpool(ChirrOpError):
     """What stands at a spool's path is not a spool, or cannot be trusted; it is left as it was."""
 
 
-def _lock_file(path: str) -> int | None:
-    """Return a descriptor that holds a lock until it is closed or its process dies.
+def _lock_file(path: str) -> Any:
+    """Return an open file that holds a lock until it is closed, dropped, or its process dies.
 
     None: somebody else holds it, in this process or another.
     """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        fd = os.open(path, flags, 0o600)
+        file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))
+        _check_owner(path, os.fstat(file.fileno()))
         try:
             if sys.platform == "win32":
                 import msvcrt
 
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_owner(path, os.fstat(fd))
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return fd
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
         except (BlockingIOError, PermissionError):
-            os.close(fd)
+            file.close()
             return None
         except FileNotFoundError:
             pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its holder has removed it meanwhile: that lock means nothing any more
+        file.close()  # its holder has removed it meanwhile: that lock means nothing any more
 
 
-def _unlock_file(path: str, fd: int) -> None:
+def _unlock_file(file: Any) -> None:
     try:
-        os.unlink(path)  # before the lock is given up: nobody must find the file and lock it
+        if not file.closed:
+            os.unlink(
+                file.name
+            )  # before the lock is given up: nobody must find the file and lock it
     except OSError:
         pass  # Windows cannot; an unlocked file is as good as none
-    os.close(fd)
+    file.close()
 
 
 def _check_owner(path: str, found: os.stat_result) -> None:
     """Refuse what is no regular file, or belongs to another user, who could feed us logs."""
     if not stat.S_ISREG(found.st_mode):
-        raise _NoSpool(f"{path} is not a regular file")
+        raise _NoSpool("it is not a regular file")
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-        raise _NoSpool(f"{path} belongs to another user")
+        raise _NoSpool(f"{os.path.basename(path)} belongs to another user")
 
 
 def _check_neighbours(path: str) -> None:
     """Refuse a folder or side files by which another user could reach a spool."""
     folder = os.stat(os.path.dirname(path)).st_mode
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
-        raise _NoSpool(f"everyone may replace files in {os.path.dirname(path)}: use another folder")
+        raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):
         if os.path.lexists(path + suffix):
             _check_owner(path + suffix, os.lstat(path + suffix))
@@ -1215,23 +1240,23 @@ def _check_header(path: str) -> bool:
     if not header:
         return False
     if not header.startswith(b"SQLite format 3\0"):
-        raise _NoSpool(f"{path} is no spool")
+        raise _NoSpool("it is no spool")
     version, application = int.from_bytes(header[60:64], "big"), int.from_bytes(header[68:], "big")
     if application != _SPOOL_ID:
         raise _NoSpool(
-            f"{path} is another program's database, or a spool of the first layout,"
-            " which `chirrop drain` of the version that wrote it can empty"
+            "it is the database of another program, or a spool of the first layout, which"
+            " `chirrop drain` of the version that wrote it can empty"
         )
     if version > _SPOOL_VERSION:
-        raise _NoSpool(f"{path} was written by a newer version of chirrop")
+        raise _NoSpool("it was written by a newer version of chirrop")
     return True
 
 
 class _SpoolFile:
     """One file of a spool that this process holds: its lock, its connections, how far it is read."""
 
-    def __init__(self, path: str, fd: int, conn: Any, side: Any) -> None:
-        self.path, self.fd = path, fd
+    def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
+        self.path, self.lock = path, lock
         self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         self.count: int | None = None  # rows that waited then; None: not counted yet
@@ -1276,17 +1301,20 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty."""
-        conn, self.conn = self.conn, None
+        """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
+
+        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        """
+        conn = self.conn
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
-            self.side.close()
             conn.close()
             for suffix in ("", "-wal", "-shm") if empty else ():
                 if os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
         finally:
-            _unlock_file(self.path + "-lock", self.fd)
+            self.conn = None
+            _unlock_file(self.lock)
 
 
 class SqliteSpool:
@@ -1338,6 +1366,7 @@ class SqliteSpool:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
         self._sqlite3 = sqlite3
+        self._failures = (OSError, ValueError, OverflowError, TypeError, sqlite3.Error)
         self.path = os.path.abspath(os.fspath(path))
         self.max_bytes = _integer("max_bytes", max_bytes, 0)
         self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
@@ -1352,6 +1381,7 @@ class SqliteSpool:
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
+        self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
         self._adopt_at = 0.0
@@ -1370,7 +1400,7 @@ class SqliteSpool:
         if self.required:
             try:
                 spool._own = spool._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {self.path} cannot be used: {exc}") from exc
@@ -1395,7 +1425,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 rows += self._dead_rows(path, remove)
-            except (OSError, self._sqlite3.Error) as exc:
+            except (OSError, _NoSpool, self._sqlite3.Error) as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {path} cannot be read: {exc}") from exc
@@ -1408,7 +1438,7 @@ class SqliteSpool:
         conn = self._connect(path, "rw" if remove else "ro")
         try:
             if conn.execute("PRAGMA application_id").fetchall()[0][0] != _SPOOL_ID:
-                raise _NoSpool(f"{path} is no spool")
+                raise _NoSpool("it is no spool")
             if remove:
                 conn.execute("BEGIN IMMEDIATE")
             rows: list[tuple[bytes, str]] = conn.execute(_SQL_DEAD).fetchall()
@@ -1470,8 +1500,8 @@ class SqliteSpool:
                 return None
         elif not create:
             return None
-        fd = _lock_file(path + "-lock")
-        if fd is None:
+        lock = _lock_file(path + "-lock")
+        if lock is None:
             return None
         conn = side = None
         try:
@@ -1484,15 +1514,15 @@ class SqliteSpool:
             conn.execute("PRAGMA journal_mode = WAL").fetchall()
             conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
             conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-            file = _SpoolFile(path, fd, conn, side)
+            file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
             for opened in (conn, side):
                 if opened is not None:
                     opened.close()
-            if self._is_damage(exc) and not isinstance(exc, _NoSpool):
+            if self._is_damage(exc):
                 self._set_aside(path)
-            _unlock_file(path + "-lock", fd)
+            _unlock_file(lock)
             raise
         if os.lstat(path).st_mode & 0o077 and os.name == "posix":
             self.warn(f"spool {path} can be read by other users: chmod 600 it")
@@ -1500,10 +1530,13 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None while there is none."""
-        if self._own is None and not self._closed and time.monotonic() >= self._retry_at:
+        if self._closed:
+            return None
+        due = time.monotonic() >= self._retry_at
+        if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 self._trouble(None, exc)
         return self._own
 
@@ -1511,13 +1544,13 @@ class SqliteSpool:
         """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
         try:
             return (work(*args),) if file.conn is not None else ()
-        except (OSError, ValueError, OverflowError, TypeError, self._sqlite3.Error) as exc:
+        except self._failures as exc:
             self._trouble(file, exc)
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one; signal handlers' errors pass."""
-        if _is_from_handler(exc) or isinstance(exc, (MemoryError, RecursionError)):
+        """Say what is wrong with a file, and give up a damaged one."""
+        if _is_from_handler(exc):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1530,18 +1563,20 @@ class SqliteSpool:
     def _is_damage(self, exc: BaseException) -> bool:
         """Tell damage from a matter of the disk or of locks."""
         sqlite3, text = self._sqlite3, str(exc)
+        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):
+            return False
         if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
     def _give_up(self, file: _SpoolFile) -> None:
-        if file is self._own:
-            self._own = None
-        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
+        self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
             pass  # it is damaged, or was closed before
+        self._own = None if file is self._own else self._own
+        self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
 
     def _set_aside(self, path: str) -> None:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}"
@@ -1588,7 +1623,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
-        return len(self._inbox) + self._rows()
+        return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1596,7 +1631,7 @@ class SqliteSpool:
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         for file in self._files():
-            if file.count is not None and not batch.items:
+            if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
         if not batch.items:
             _move(self._inbox, batch, limit)
@@ -1620,13 +1655,27 @@ class SqliteSpool:
         file = self._usable()
         while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
             pass
-        self._closed = True
-        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        self._closed = True  # what comes now is not stored, and what is in the files, not sent
+        return left
 
     def close(self) -> None:
+        """Close the files; not under the lock, for which the thread that tends may be waiting."""
         self._closed = True
+        _exclusively(self.tending, self._close)
+
+    def _close(self) -> None:
         for file in self._files():
-            self._give_up(file)
+            self._close_side(file.side)
+            _exclusively(self.lock, self._give_up, file)
+        while self._sides:
+            self._close_side(self._sides.popleft())
+
+    def _close_side(self, side: Any) -> None:
+        try:
+            side.close()
+        except self._sqlite3.Error:
+            pass  # its file is damaged
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1635,6 +1684,8 @@ class SqliteSpool:
         _exclusively(self.tending, self._tend)
 
     def _tend(self) -> None:
+        while self._sides:
+            self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
             return
@@ -1666,7 +1717,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 file = self._open(path, create=False) if path not in held else None
-            except Exception as exc:
+            except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
                 continue  # it is no spool, or cannot be used now
@@ -1705,8 +1756,8 @@ class SqliteSpool:
                 found = os.stat(file.path)
                 _inherited[found.st_dev, found.st_ino] = (file.conn, file.side)
             except OSError:
-                _inherited[-1, file.fd] = (file.conn, file.side)
-            os.close(file.fd)  # the parent's own descriptor keeps the lock
+                _inherited[-1, file.lock.fileno()] = (file.conn, file.side)
+            file.lock.close()  # the parent's own descriptor keeps the lock
         self._reset()
 
 
@@ -1856,7 +1907,7 @@ class _Answer:
 
     def _telling(self, texts: list[str]) -> str:
         """Return the first text that says more than the status does; markup is not for people."""
-        import http.client
+        import http
 
         fields = {name.lower(): value for name, value in self.headers.items()}
         if 300 <= self.status < 400:
@@ -1865,7 +1916,8 @@ class _Answer:
             return f"redirects are not followed{there}; check the endpoint"
         if self.status == 407:
             return _proxy_advice("http")
-        phrase = http.client.responses.get(self.status, "no message").lower()
+        known = {int(status): status.phrase.lower() for status in http.HTTPStatus}
+        phrase = known.get(self.status, "no message")
         for text in texts:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
@@ -2011,7 +2063,7 @@ class _Outbox:
 
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
-        buffer.batches = lambda: self.state.batches
+        buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
         self._start()
 
     def _start(self) -> None:
@@ -2067,7 +2119,10 @@ class _Outbox:
         self.state = _dropped(self.state, reason, 1, self._for_on_drop(items), error)
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
-        return items if self._config.on_drop is not None else None
+        """Return the logs that on_drop is to get; None for those that it has logged itself."""
+        if self._config.on_drop is None or _is_inside(_Reporter.tell.__code__):
+            return None
+        return items
 
     def _set(self, **changes: Any) -> None:
         self.state = self.state._replace(**changes)
@@ -2297,6 +2352,8 @@ class _Outbox:
         A request still in flight no longer counts, whatever becomes of it.
         """
         self._locked(self._stop, clean)
+        self.buffer.close()
+        self._locked(self._sweep, "not sent before close")
 
     def _stop(self, clean: bool) -> None:
         state = self.state
@@ -2308,8 +2365,6 @@ class _Outbox:
                 clean=clean and not held,
                 left=left,
             )
-        self.buffer.close()
-        self._sweep("not sent before close")
 
     def sweep(self) -> None:
         """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
@@ -2393,6 +2448,8 @@ class _Bell:
     def ring(self) -> None:
         try:
             self._silent.release()
+        except RecursionError:
+            raise
         except RuntimeError:  # it has been rung already
             pass
 
@@ -2439,7 +2496,7 @@ class _Reporter:
                 self._notes.append((_INFO, "logs are accepted again"))
         elif verdict in (_RETRY, _HOLD, _REFUSED):
             held = self._outbox.held()
-            what = f"held, {held:,} of them" if held else "refused"
+            what = f"held, retrying; {held:,} wait" if held else "refused"
             self._failing |= self.note("state", _WARNING, f"logs are {what}: {error}")
 
     def due(self) -> bool:
@@ -2457,9 +2514,9 @@ class _Reporter:
 
     def run(self, final: bool = False) -> None:
         """Tell what is due, in this thread; `final` lets no limit hold it back."""
-        if not _is_inside(_Reporter.tell.__code__):
+        if not _is_inside(_Reporter.tell.__code__, _exclusively.__code__):
             self.tell()
-        self.write(final)
+            self.write(final)
 
     def tell(self) -> None:
         """Call on_drop for each drop that it has not heard of."""
@@ -2467,8 +2524,8 @@ class _Reporter:
             drop = self._outbox.state.untold[0]
             try:
                 self._on_drop([_decoded(item) for item in drop.items], drop.error)
-            except Exception as exc:  # it is the application's code
-                if _is_from_handler(exc):
+            except BaseException as exc:  # it is the application's code
+                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
@@ -2568,18 +2625,26 @@ class _Sender:
         """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
         outbox, buffer = self.outbox, self.outbox.buffer
         if outbox.closed:
-            self.report.note(
-                "late", _WARNING, "logged after close: this and further logs are dropped"
-            )
-        if self._config.queue_size and not outbox.closed:
+            return self._put_late(data)
+        if self._config.queue_size:
             self._put_bounded(data)
         else:
             buffer.put(data)
-        if outbox.state.stopped:
-            outbox.sweep()
-            self._hand_over(0.0)
-        elif buffer.level() >= self._wake_at and self._bell.is_silent():
+        if buffer.level() >= self._wake_at and self._bell.is_silent():
             self.wake()
+        if outbox.state.stopped:  # since the check above: the last sweep may have missed this log
+            outbox.sweep()
+        return None
+
+    def _put_late(self, data: bytes) -> None:
+        self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
+        if _is_inside(_Reporter.tell.__code__):  # else on_drop would hear of what it logs itself
+            return self.refuse("closed", data, ChirrOpError("logged after close"))
+        self.outbox.buffer.put(data)
+        if self.outbox.state.stopped:
+            self.outbox.sweep()
+            self._tell()
+        return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
@@ -2590,8 +2655,8 @@ class _Sender:
         deadline = self._clock() + self._config.timeout
         while not self.outbox.offer(data):
             self.wake()  # a full queue is a full batch
-            room = not self._is_nested() and self._alive() and self._wait(self._has_room, deadline)
-            if not room:
+            nested = _is_inside(_exclusively.__code__, _Sender._run.__code__)
+            if nested or not self._alive() or not self._wait(self._has_room, deadline):
                 size = self._config.queue_size
                 raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
 
@@ -2606,6 +2671,11 @@ class _Sender:
             self._bell.ring()
         else:
             self._spawn()
+
+    def _ring(self) -> None:
+        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        if self._alive():
+            self._bell.ring()
 
     def _alive(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
@@ -2635,26 +2705,33 @@ class _Sender:
                 )
 
     def _run(self, threads: list[threading.Thread]) -> None:
+        """Send until the client is closed; `threads` is another list in a forked child, into which
+        gevent may have carried this greenlet over."""
         try:
-            # No longer ours: a forked child into which gevent has carried this greenlet over.
-            while self._threads is threads:
-                try:
-                    with self._lead:
-                        batch = self._next(threads)
-                    if batch is None:
-                        break
-                    self._deliver(batch, self._config.timeout)
-                except Exception as exc:  # a bug of ours, or no memory: a sender goes on
-                    self.report.note(
-                        "sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}"
-                    )
-                    time.sleep(1.0)
-        finally:  # also when a worker's abort has raised in here: the next log starts another
+            while self._threads is threads and self._turn(threads):
+                pass
+        except BaseException:
+            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
+        finally:
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
                 self.outbox.release(threading.get_ident())
-                self._tell()
+                for _, bell in list(self._callers):  # they look whether there is still a sender
+                    bell.ring()
+
+    def _turn(self, threads: list[threading.Thread]) -> bool:
+        """Wait for a batch and send it; False when there is nothing more to do."""
+        try:
+            with self._lead:
+                batch = self._next(threads)
+            if batch is None:
+                return False
+            self._deliver(batch, self._config.timeout)
+        except Exception as exc:  # a bug of ours, or no memory: a sender goes on
+            self.report.note("sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+            time.sleep(1.0)
+        return True
 
     def _next(self, threads: list[threading.Thread]) -> _Batch | None:
         """Wait for the next batch; None when there is nothing more to do."""
@@ -2678,7 +2755,8 @@ class _Sender:
         """Make one attempt, account for it, and tell whoever must know."""
         threads = self._threads
         body = b"[" + b",".join(batch.items) + b"]"
-        answer = self._link.attempt("POST", self._config.api_endpoint, body, timeout)
+        url = self._config.api_endpoint
+        answer = self._link.attempt("POST", url, body, timeout, answers=batch.answers)
         if self._threads is not threads:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
@@ -2688,7 +2766,7 @@ class _Sender:
         self._tell()
         if self.outbox.state.width > len(threads) > 0:
             self._spawn()
-        self._bell.ring()
+        self._ring()
 
     # Callers that wait.
 
@@ -2699,7 +2777,8 @@ class _Sender:
             if ready():
                 _discard(self._callers, caller)
                 bell.ring()
-        self.report.kick()
+        if not self.report.kick():
+            self.report.run()
 
     def _wait(self, ready: Callable[[], bool], deadline: float) -> bool:
         """Wait until `ready()`, at which senders look after each answer; return what it says."""
@@ -2747,12 +2826,14 @@ class _Sender:
         return math.inf if timeout is None else self._clock() + timeout
 
     def flush(self, deadline: float) -> bool:
-        if self._is_nested():
-            return not self.outbox.held()
+        if _is_inside(_exclusively.__code__):
+            return False  # a sender may need the lock that this thread has
+        if _is_inside(_Sender._run.__code__, _Sender._deliver.__code__, _Reporter.tell.__code__):
+            return not self.outbox.held()  # this thread would wait for itself
         self.outbox.buffer.tend()
         flush = self.outbox.begin_flush(self._clock())
         try:
-            self._bell.ring()
+            self._ring()
             self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
             done = bool(self.outbox.outcome(flush))
         finally:
@@ -2773,7 +2854,7 @@ class _Sender:
     def shut(self, clean: bool, deadline: float) -> None:
         """End all sending now, and report what that drops; waits for threads until `deadline`."""
         self.outbox.stop(clean)
-        self._bell.ring()  # for the leader; the others see that the outbox is stopped
+        self._ring()  # for the leader; the others see that the outbox is stopped
         self._tell()
         self._hand_over(deadline)
         # One that is idle ends at once; one in a request ends after it, and is not waited for long.
@@ -2783,7 +2864,7 @@ class _Sender:
 
     def _join(self, threads: list[threading.Thread], deadline: float) -> None:
         for thread in list(threads):
-            if thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, min(threading.TIMEOUT_MAX, deadline - self._clock())))
 
     def _hand_over(self, deadline: float) -> None:
@@ -2813,15 +2894,6 @@ class _Sender:
             self._link.close()
             _open_senders.discard(self)
 
-    def _is_nested(self) -> bool:
-        """Tell whether to wait here would be to wait for this very thread."""
-        return _is_inside(
-            _exclusively.__code__,
-            _Sender._run.__code__,
-            _Sender._deliver.__code__,
-            _Reporter.tell.__code__,
-        )
-
 
 def _discard(things: list[Any], thing: object) -> None:
     try:
@@ -2845,16 +2917,21 @@ def _at_exit() -> None:
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
     trouble: BaseException | None = None
-    for step in (_Sender.hurry, _Sender.flush, _Sender.close):
-        for sender in senders:
-            for _ in range(3):  # interrupted twice, it is done all the same
-                try:
-                    step(sender, deadline)
-                    break
-                except BaseException as exc:
-                    trouble = exc
-                    if not isinstance(exc, Exception):  # Ctrl-C: no more waiting
-                        deadline = 0.0
+    steps: list[tuple[Callable[[_Sender, float], object], _Sender, int]] = []
+    steps += [(_Sender.hurry, sender, 1) for sender in senders]
+    # Whoever has no thread sends in this one, and may not use up the others' time.
+    steps += [(_Sender.flush, sender, len(senders) - i) for i, sender in enumerate(senders)]
+    steps += [(_Sender.close, sender, 1) for sender in senders]
+    for step, sender, share in steps:
+        for _ in range(3):  # interrupted twice, it is done all the same
+            try:
+                now = time.monotonic()
+                step(sender, now + max(0.0, deadline - now) / share)
+                break
+            except BaseException as exc:
+                trouble = exc
+                if isinstance(exc, KeyboardInterrupt):  # no more waiting
+                    deadline = 0.0
     if trouble is not None:
         raise trouble
 
@@ -2869,24 +2946,21 @@ def _close_with_multiprocessing() -> None:
 
 _finalizing: dict[str, int] = {}  # the process in which that has been arranged
 
-_FORK_SECONDS = 5.0  # a fork waits at most so long for another thread's use of SQLite
+_FORK_SECONDS = 5.0  # a fork waits at most so long for other threads' use of SQLite
 
 
 def _locks() -> list[Any]:
     """Return the locks under which SQLite is used, in the order in which they are taken."""
-    buffers = [sender.outbox.buffer for sender in list(_open_senders)]
-    return [
-        lock
-        for buffer in buffers
-        for lock in (getattr(buffer, "tending", None), buffer.lock)
-        if lock
-    ]
+    buffers: list[Any] = [sender.outbox.buffer for sender in list(_open_senders)]
+    spools = [buffer for buffer in buffers if isinstance(buffer, SqliteSpool)]
+    return [lock for spool in spools for lock in (spool.tending, spool.lock)]
 
 
 def _before_fork() -> None:
     """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
+    deadline = time.monotonic() + _FORK_SECONDS
     for lock in _locks():
-        lock.acquire(timeout=_FORK_SECONDS)
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_parent() -> None:
@@ -3221,9 +3295,9 @@ class _Link:
     def __init__(self, config: Config) -> None:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
-        names = ["logging", "email.utils", "http.client"]
+        names = ["logging", "email.utils", "http"]
         if isinstance(self._transport, _UrllibTransport):
-            names += ["select", "urllib.request", "encodings.idna", "ssl"]
+            names += ["select", "http.client", "urllib.request", "encodings.idna", "ssl"]
         for name in names if not config.disabled else ():
             try:
                 importlib.import_module(name)
@@ -3231,16 +3305,26 @@ class _Link:
                 pass
 
     def attempt(
-        self, method: str, url: str, body: bytes | None, timeout: float, repeatable: bool = True
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        timeout: float,
+        repeatable: bool = True,
+        answers: list[Any] | None = None,
     ) -> _Answer:
+        """Return the answer to one request; it is in `answers`, too, before anything can interrupt."""
+        answers = [] if answers is None else answers
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
         if not repeatable:
             headers["Connection"] = "close"
         try:
-            answer: Any = self._transport(method, url, body, headers, timeout)
-            status, content, fields = answer
+            if not answers:
+                call = ((method,), (url,), (body,), (headers,), (timeout,))
+                answers.extend(map(self._transport, *call))
+            status, content, fields = answers[0]
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 kinds = f"{type(status).__name__}, {type(content).__name__}"
                 raise TypeError(f"transport returned {kinds}")
@@ -3339,6 +3423,14 @@ def _as_given(values: Sequence[object]) -> bytes:
     return json.dumps(fields).encode()
 
 
+def _seconds_left(context: Any) -> float:
+    """Return what is left of a Lambda invocation; inf where its context does not say."""
+    try:
+        return float(context.get_remaining_time_in_millis()) / 1000
+    except Exception:  # None, as tests pass it, or a context of another make
+        return math.inf
+
+
 class Client:
     """Send logs in the background and make every control-plane call.
 
@@ -3385,6 +3477,11 @@ class Client:
         if "_sender" not in self.__dict__:  # a traceback with locals shows one whose making failed
             return "<chirrop.Client>"
         return f"<chirrop.Client {self.config.api_endpoint} {self.stats()}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "cannot pickle or copy a Client: make it in the worker, and send its Config there"
+        )
 
     # Events.
 
@@ -3554,24 +3651,25 @@ class Client:
         """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
 
         Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched; 0.2 s are left for the return itself.
+        invocation. The handler's result and errors pass through untouched. A server that does not answer
+        costs an invocation `exit_timeout` seconds at most, and a tenth of that from the second one on,
+        until something gets through; 0.2 s of the remaining time are left for the return itself.
         """
         import functools
 
         @functools.wraps(handler)
         def run(event: Any, context: Any = None, *args: Any) -> Any:
+            before = self.stats()
             try:
                 return handler(event, context, *args)
             finally:
-                sender = self._here()
-                if sender.outbox.held():
-                    try:
-                        left = context.get_remaining_time_in_millis() / 1000
-                        # 0.2 s for the return itself
-                        self.flush(max(0.0, min(left - 0.2, 86400.0)))
-                    except Exception as exc:  # not a Lambda context
-                        text = f"no flush after the handler: {type(exc).__name__}: {exc}"
-                        sender.report.note("lambda", _ERROR, text)
+                after = self.stats()
+                if after.queued or after.in_flight:
+                    limit = self.config.exit_timeout
+                    left_over = before.queued or before.in_flight
+                    if left_over and before.last_error and before.delivered == after.delivered:
+                        limit /= 10
+                    self.flush(max(0.0, min(limit, _seconds_left(context) - 0.2)))
 
         return run  # type: ignore[return-value]
 
@@ -3679,8 +3777,12 @@ class Client:
                 or wait > policy.longest
             ):
                 raise error
-            if self._sender.pause(_backoff(attempt, error.retry_after, _random)):
+            if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
                 raise error
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; return True at once when the client is being closed."""
+        return self._sender.pause(seconds)
 
     # Events, their logs and analytics.
 
