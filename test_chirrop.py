@@ -54,6 +54,7 @@ import unittest
 import unittest.mock
 import urllib.parse
 import uuid
+import weakref
 import zipfile
 from contextlib import redirect_stderr
 from datetime import datetime, timedelta, timezone, tzinfo
@@ -1350,7 +1351,7 @@ class Simulation:
         # Answers that the SDK has had; that it may have had, for a strike came with them.
         self.delivered, self.unheard, self.answered = set(), set(), []
         self.dropped, self.forgotten = [], set()  # forgotten: in memory only, when the process died
-        self.locks = []
+        self.locks = weakref.WeakSet()
         Simulation.running = self
         self.start()
 
@@ -1392,26 +1393,24 @@ class Simulation:
         if self is not None and self.fuse is not None:
             self.fuse -= 1
             if self.fuse < 0:
-                self.fuse = None
-                self.strikes += 1
+                self.fuse, self.was_struck = None, True
                 raise self.rng.choice(self.STRIKES)
 
-    strikes = 0
+    was_struck = False  # the call that is under way
 
     def call(self, function, *args):
         """Make a call, which may be struck: return (its result,), or () if it was."""
-        outer, self.fuse = self.fuse, None
-        strikes = self.strikes
+        outer, self.fuse, self.was_struck = (self.fuse, self.was_struck), None, False
         if not self.healthy and self.rng.random() < 0.3:
             self.fuse = self.rng.choice((self.rng.randrange(30), self.rng.randrange(150)))
         try:
             result = function(*args)
+            assert not self.was_struck, "an exception was swallowed"
+            return (result,)
         except self.STRIKES:
             return ()
         finally:
-            self.fuse = outer
-        assert self.strikes == strikes, "an exception was swallowed"
-        return (result,)
+            self.fuse, self.was_struck = outer
 
     # The application, the server, other threads.
 
@@ -1507,6 +1506,7 @@ class Simulation:
         if self.depth or chirrop._is_inside(chirrop._Sender._deliver.__code__):
             self.outbox.begin_flush(self.now)  # another thread's, which waits elsewhere
             return
+        self.report()
         held = set(self.accepted) - set(self.dropped) - self.forgotten
         deadline = self.now + self.rng.choice((0.0, 10.0, 1000.0, math.inf))
         if self.call(self.sender.flush, deadline) == (True,):
@@ -1532,8 +1532,7 @@ class Simulation:
             file.side.close()
             file.conn.close()
         for lock in self.locks:
-            os.close(lock)
-        self.locks.clear()
+            lock.close()
         self.depth = 0
         self.fuse = None
         self.start()
@@ -1567,7 +1566,7 @@ class Simulation:
                 self.start()
             for _ in range(200):
                 self.sender.flush(math.inf)
-                if not self.outbox.held():
+                if self.outbox.state.stopped or not self.outbox.held():
                     break
             else:
                 raise AssertionError("it never ends")
@@ -1591,7 +1590,7 @@ class Simulation:
             self.sender.flush(math.inf)
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
             self.sender.close(math.inf)
-            assert not self.locks, "a file is still locked"
+            assert all(lock.closed for lock in self.locks), "a file is still locked"
             names = os.listdir(os.path.dirname(self.path))
             assert not any(name.endswith(("-lock", "-wal", "-shm")) for name in names), names
         else:
@@ -1608,7 +1607,7 @@ class SimulationTest(TestCase):
     def setUp(self):
         super().setUp()
         # Their code marks what a thread is doing: it is looked for on its stack.
-        marks = chirrop._Reporter.tell, chirrop._Reporter._write, chirrop._Sender._deliver
+        marks = chirrop._Sender._run, chirrop._Sender._deliver, SqliteSpool._claim
         parts = chirrop._Outbox, chirrop._Memory, chirrop._Sender, SqliteSpool, chirrop._SpoolFile
         for part in parts:
             for name, step in vars(part).items():
@@ -1617,19 +1616,15 @@ class SimulationTest(TestCase):
         self.patch(chirrop._Bell, "wait", self.wait)
         self.patch(chirrop, "_ADOPT_SECONDS", 0.0)
         self.patch(chirrop, "SPOOL_RETRY_SECONDS", 0.0)
-        lock, unlock = chirrop._lock_file, chirrop._unlock_file
+        lock_file = chirrop._lock_file
 
-        def lock_file(path):
-            fd = lock(path)
-            Simulation.running.locks += [] if fd is None else [fd]
-            return fd
+        def lock(path):
+            file = lock_file(path)
+            if file is not None:
+                Simulation.running.locks.add(file)
+            return file
 
-        def unlock_file(path, fd):
-            Simulation.running.locks.remove(fd)
-            unlock(path, fd)
-
-        self.patch(chirrop, "_lock_file", lock_file)
-        self.patch(chirrop, "_unlock_file", unlock_file)
+        self.patch(chirrop, "_lock_file", lock)
         self.addCleanup(setattr, Simulation, "running", None)
         if hasattr(signal, "SIGUSR1"):  # so that what it raises counts as a handler's
             before = signal.signal(signal.SIGUSR1, Simulation.strike)
