@@ -1537,6 +1537,8 @@ class SqliteSpool:
             try:
                 self._own = self._claim()
             except (*self._failures, _NoSpool) as exc:
+                if _is_from_handler(exc):
+                    raise
                 self._trouble(None, exc)
         return self._own
 
@@ -1545,13 +1547,13 @@ class SqliteSpool:
         try:
             return (work(*args),) if file.conn is not None else ()
         except self._failures as exc:
+            if _is_from_handler(exc):
+                raise
             self._trouble(file, exc)
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
         """Say what is wrong with a file, and give up a damaged one."""
-        if _is_from_handler(exc):
-            raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
             self._give_up(file)
