@@ -1340,13 +1340,18 @@ class Simulation:
         pass
 
     STRIKES = Interrupt, TimeLimit, NoMemory, TooDeep
+    # What may find the disk full, or locked.
+    file = chirrop._SpoolFile
+    DISK = file.add, file.fill, file.work_off, file.is_drained
+
     running = None  # the one whose calls are struck
 
     def __init__(self, seed, path=None):
         self.rng = random.Random(seed)
         self.path, self.now, self.depth = path, 0.0, 0
         self.fuse = None  # steps until the call that is under way is struck
-        self.healthy = False
+        self.wrong = False
+        self.healthy, self.faulty = False, self.rng.random() < 0.3
         self.poison, self.stored = set(), set()
         self.accepted, self.doubtful = [], set()  # doubtful: the call of log() was struck
         # Answers that the SDK has had; that it may have had, for a strike came with them.
@@ -1358,6 +1363,7 @@ class Simulation:
 
     def start(self):
         rng = self.rng
+        self.before = len(self.accepted)
         self.config = Config(
             api_key=KEY, transport=self.transport, retries=rng.choice((0, 1, 3)), on_exhausted=rng.choice(("keep", "drop")),
             batch_size=rng.choice((1, 3, 250)), max_senders=rng.choice((1, 3)), on_drop=self.on_drop,
@@ -1382,11 +1388,19 @@ class Simulation:
         @functools.wraps(function)
         def step(*args, **kwargs):
             cls.strike()
+            if function in cls.DISK:
+                cls.fail()
             result = function(*args, **kwargs)
             cls.strike()
             return result
 
         return step
+
+    @classmethod
+    def fail(cls):
+        self = cls.running
+        if self.faulty and not self.healthy and self.rng.random() < 0.1:
+            raise sqlite3.OperationalError("database or disk is full")
 
     @staticmethod
     def strike(*_):
@@ -1429,9 +1443,10 @@ class Simulation:
 
     def transport(self, method, url, body, headers, timeout):
         logs = json.loads(body)
-        assert 1 <= len(logs) <= 250
-        assert len(set(ids(logs))) == len(logs), "a log is twice in a batch"
-        assert not self.delivered & set(ids(logs)), "sent again after its answer"
+        self.wrong |= not 1 <= len(logs) <= 250  # an assertion would count as a network failure
+        self.wrong |= len(set(ids(logs))) < len(logs)
+        if not self.faulty:  # what a full disk has kept from being removed, a later process sends
+            self.wrong |= not self.delivered.isdisjoint(ids(logs))
         outer, self.fuse = self.fuse, None  # what follows is not done by the caller
         for _ in range(0 if self.healthy else self.rng.choice((0, 0, 1, 2))):
             self.act()
@@ -1508,7 +1523,8 @@ class Simulation:
             self.outbox.begin_flush(self.now)  # another thread's, which waits elsewhere
             return
         self.report()
-        held = set(self.accepted) - set(self.dropped) - self.forgotten
+        held = set(self.accepted[self.before if self.faulty else 0 :])
+        held -= {*self.dropped, *self.forgotten}
         deadline = self.now + self.rng.choice((0.0, 10.0, 1000.0, math.inf))
         if self.call(self.sender.flush, deadline) == (True,):
             assert held <= self.stored | self.dead_letters(), "flush was True too early"
@@ -1539,6 +1555,7 @@ class Simulation:
         self.start()
 
     def balance(self):
+        assert not self.wrong, "a request is too large, or has what was answered before"
         stats = self.outbox.stats()
         total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
         assert stats.accepted == total, stats
@@ -1580,7 +1597,7 @@ class Simulation:
         accepted, dropped = set(self.accepted), set(self.dropped)
         known, delivered = accepted | self.doubtful, self.delivered | self.unheard & self.stored
         assert len(accepted) == len(self.accepted)
-        assert len(dropped) == len(self.dropped), "a drop was reported twice"
+        assert len(dropped) == len(self.dropped) or self.faulty, "a drop was reported twice"
         assert delivered <= known and dropped <= known and self.stored <= known
         if self.path:
             settled = delivered | dropped | self.dead_letters() | self.stored | self.forgotten
