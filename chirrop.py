@@ -1003,7 +1003,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   fill(batch)          put the oldest of them into an empty batch
 #   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
 #   stays(batch)         tell whether a batch's logs outlive this client
-#   tend()               do what takes its time; without the lock
+#   tend()               do what takes its time; without the lock; return when to do more, in seconds
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
 #   close()              end; without the lock
@@ -1119,8 +1119,8 @@ class _Memory:
     def stays(self, batch: _Batch) -> bool:
         return False
 
-    def tend(self) -> None:
-        """There is nothing to tend."""
+    def tend(self) -> float | None:
+        return None
 
     def is_open(self) -> bool:
         return False
@@ -1137,7 +1137,7 @@ _SPOOL_VERSION = 2  # user_version; files of the first layout have 1, and no app
 _SPOOL_NAMES = 1000  # files of one spool at most: one for each process that writes at once
 _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
-_ADOPT_SECONDS = 5.0  # between two looks for what dead processes left
+_ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
     "BEGIN IMMEDIATE",
@@ -1384,7 +1384,7 @@ class SqliteSpool:
         self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
-        self._adopt_at = 0.0
+        self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self._closed = False
         self.lost = 0  # logs in damaged files, to be accounted for
@@ -1644,6 +1644,7 @@ class SqliteSpool:
         statement = (_SQL_DELIVERED, span) if error is None else (_SQL_DROPPED, (error, *span))
         file.undone.append(statement)
         file.settled = max(file.settled, (ids[-1], number))
+        self._settled_at = time.monotonic()
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
@@ -1653,8 +1654,8 @@ class SqliteSpool:
     def leave(self) -> int:
         """Store what can be stored, and return how many logs the next client on this path finds."""
         file = self._usable()
-        while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
-            pass
+        if file is not None:
+            self._attempt(file, self._store_inbox, file)
         left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
         self._closed = True  # what comes now is not stored, and what is in the files, not sent
         return left
@@ -1679,21 +1680,20 @@ class SqliteSpool:
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
-    def tend(self) -> None:
+    def tend(self) -> float | None:
         """Move logs from memory to the file, take over orphans, and keep the WAL small."""
-        _exclusively(self.tending, self._tend)
+        wait: float | None = _exclusively(self.tending, self._tend)
+        return wait
 
-    def _tend(self) -> None:
+    def _tend(self) -> float | None:
         while self._sides:
             self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
-            return
-        while self._inbox and _exclusively(self.lock, self._attempt, file, self._store_inbox, file):
-            pass
-        if time.monotonic() >= self._adopt_at:
-            self._adopt_at = time.monotonic() + _ADOPT_SECONDS
-            self._take_over()
+            return None
+        if time.monotonic() >= self._retry_at:
+            _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
+        wait = self._look_around()
         for orphan in self._orphans:
             if orphan.count is None:
                 orphan.count = sum(self._attempt(orphan, self._count, orphan))
@@ -1701,12 +1701,24 @@ class SqliteSpool:
                 _exclusively(self.lock, self._let_go, orphan)
         if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
             self._checkpoint(file)
+        return wait
 
-    def _store_inbox(self, file: _SpoolFile) -> bool:
-        for _ in range(min(MAX_BATCH, len(self._inbox))):
+    def _look_around(self) -> float | None:
+        """Take over what dead processes left, once after each spell of work, or say when to do so."""
+        if self._settled_at < self._looked_at:
+            return None
+        now = time.monotonic()
+        wait = self._looked_at + _ADOPT_SECONDS - now
+        if wait > 0:
+            return wait
+        self._looked_at = now
+        self._take_over()
+        return None
+
+    def _store_inbox(self, file: _SpoolFile) -> None:
+        while self._inbox:
             file.add(self._inbox[0])
             self._inbox.popleft()
-        return True
 
     @staticmethod
     def _count(orphan: _SpoolFile) -> int:
@@ -2737,7 +2749,7 @@ class _Sender:
         """Wait for the next batch; None when there is nothing more to do."""
         outbox = self.outbox
         while self._threads is threads and not outbox.state.stopped:
-            outbox.buffer.tend()
+            look_in = outbox.buffer.tend()
             batch = outbox.take(self._clock(), threading.get_ident())
             if batch is not None:
                 return batch
@@ -2746,9 +2758,10 @@ class _Sender:
                 break
             self.report.kick()
             self._wake_at = outbox.wake_level(self._clock())
-            wait = outbox.due_in(self._clock())
-            if wait != 0.0:
-                self._bell.wait(math.inf if wait is None else wait)
+            waits = [outbox.due_in(self._clock()), look_in]
+            wait = min((wait for wait in waits if wait is not None), default=math.inf)
+            if wait > 0:
+                self._bell.wait(wait)
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
