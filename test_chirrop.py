@@ -1454,6 +1454,9 @@ class Simulation:
 
     def crash(self):
         """Lose the process: everything in memory goes, the kernel closes its files and locks."""
+        for drop in self.outbox.state.untold:  # dead letters by now, of which nobody was told
+            self.dropped += ids(map(json.loads, drop.items))
+        self.dropped += ids(map(json.loads, self.outbox.buffer._inbox))  # logged after close
         for file in self.outbox.buffer._files():
             file.conn.close()
             file.side.close()
@@ -1478,6 +1481,7 @@ class Simulation:
             if self.outbox.state.stopped and self.rng.random() < 0.5:
                 if not self.path:
                     break
+                self.sender.shut(True, 0.0)  # what an exception has interrupted
                 self.start()
         self.finish()
 
