@@ -1916,7 +1916,7 @@ class _Answer:
 
     def _telling(self, texts: list[str]) -> str:
         """Return the first text that says more than the status does; markup is not for people."""
-        import http.client
+        import http
 
         fields = {name.lower(): value for name, value in self.headers.items()}
         if 300 <= self.status < 400:
@@ -1925,7 +1925,8 @@ class _Answer:
             return f"redirects are not followed{there}; check the endpoint"
         if self.status == 407:
             return _proxy_advice("http")
-        phrase = http.client.responses.get(self.status, "no message").lower()
+        known = {int(status): status.phrase.lower() for status in http.HTTPStatus}
+        phrase = known.get(self.status, "no message")
         for text in texts:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
@@ -2071,7 +2072,7 @@ class _Outbox:
 
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
-        buffer.batches = lambda: self.state.batches
+        buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
         self._start()
 
     def _start(self) -> None:
@@ -2456,6 +2457,8 @@ class _Bell:
     def ring(self) -> None:
         try:
             self._silent.release()
+        except RecursionError:
+            raise
         except RuntimeError:  # it has been rung already
             pass
 
@@ -2716,10 +2719,8 @@ class _Sender:
         try:
             while self._threads is threads and self._turn(threads):
                 pass
-        except (
-            BaseException
-        ) as exc:  # a worker's abort, in here; the next log starts another sender
-            self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
+        except BaseException:
+            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
         finally:
             if self._threads is threads:
                 self._wake_at = 1.0
@@ -2925,16 +2926,21 @@ def _at_exit() -> None:
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
     trouble: BaseException | None = None
-    for step in (_Sender.hurry, _Sender.flush, _Sender.close):
-        for sender in senders:
-            for _ in range(3):  # interrupted twice, it is done all the same
-                try:
-                    step(sender, deadline)
-                    break
-                except BaseException as exc:
-                    trouble = exc
-                    if not isinstance(exc, Exception):  # Ctrl-C: no more waiting
-                        deadline = 0.0
+    steps: list[tuple[Callable[[_Sender, float], object], _Sender, int]] = []
+    steps += [(_Sender.hurry, sender, 1) for sender in senders]
+    # Whoever has no thread sends in this one, and may not use up the others' time.
+    steps += [(_Sender.flush, sender, len(senders) - i) for i, sender in enumerate(senders)]
+    steps += [(_Sender.close, sender, 1) for sender in senders]
+    for step, sender, share in steps:
+        for _ in range(3):  # interrupted twice, it is done all the same
+            try:
+                now = time.monotonic()
+                step(sender, now + max(0.0, deadline - now) / share)
+                break
+            except BaseException as exc:
+                trouble = exc
+                if isinstance(exc, KeyboardInterrupt):  # no more waiting
+                    deadline = 0.0
     if trouble is not None:
         raise trouble
 
@@ -3298,9 +3304,9 @@ class _Link:
     def __init__(self, config: Config) -> None:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
-        names = ["logging", "email.utils", "http.client"]
+        names = ["logging", "email.utils", "http"]
         if isinstance(self._transport, _UrllibTransport):
-            names += ["select", "urllib.request", "encodings.idna", "ssl"]
+            names += ["select", "http.client", "urllib.request", "encodings.idna", "ssl"]
         for name in names if not config.disabled else ():
             try:
                 importlib.import_module(name)
