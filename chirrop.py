@@ -1032,14 +1032,6 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
-def _innermost(exc: BaseException) -> str:
-    """Return the name of the module in whose frame an exception was raised."""
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
-
-
 def _is_from_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
@@ -1538,7 +1530,9 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None while there is none."""
-        due = not self._closed and time.monotonic() >= self._retry_at
+        if self._closed:
+            return None
+        due = time.monotonic() >= self._retry_at
         if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
@@ -1555,12 +1549,8 @@ class SqliteSpool:
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one.
-
-        What was not raised in this file, or by a function in C that it called, is not the disk's: a
-        signal handler's error goes to its caller.
-        """
-        if _innermost(exc) not in (__name__, "genericpath", "posixpath", "ntpath"):
+        """Say what is wrong with a file, and give up a damaged one."""
+        if _is_from_handler(exc):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1633,7 +1623,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
-        return len(self._inbox) + self._rows()
+        return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1641,7 +1631,7 @@ class SqliteSpool:
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         for file in self._files():
-            if file.count is not None and not batch.items:
+            if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
         if not batch.items:
             _move(self._inbox, batch, limit)
@@ -1665,8 +1655,9 @@ class SqliteSpool:
         file = self._usable()
         while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
             pass
-        self._closed = True
-        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        self._closed = True  # what comes now is not stored, and what is in the files, not sent
+        return left
 
     def close(self) -> None:
         """Close the files; not under the lock, for which the thread that tends may be waiting."""
@@ -1916,7 +1907,7 @@ class _Answer:
 
     def _telling(self, texts: list[str]) -> str:
         """Return the first text that says more than the status does; markup is not for people."""
-        import http.client
+        import http
 
         fields = {name.lower(): value for name, value in self.headers.items()}
         if 300 <= self.status < 400:
@@ -1925,7 +1916,8 @@ class _Answer:
             return f"redirects are not followed{there}; check the endpoint"
         if self.status == 407:
             return _proxy_advice("http")
-        phrase = http.client.responses.get(self.status, "no message").lower()
+        known = {int(status): status.phrase.lower() for status in http.HTTPStatus}
+        phrase = known.get(self.status, "no message")
         for text in texts:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
@@ -2071,7 +2063,7 @@ class _Outbox:
 
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
-        buffer.batches = lambda: self.state.batches
+        buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
         self._start()
 
     def _start(self) -> None:
@@ -2456,6 +2448,8 @@ class _Bell:
     def ring(self) -> None:
         try:
             self._silent.release()
+        except RecursionError:
+            raise
         except RuntimeError:  # it has been rung already
             pass
 
@@ -2716,10 +2710,8 @@ class _Sender:
         try:
             while self._threads is threads and self._turn(threads):
                 pass
-        except (
-            BaseException
-        ) as exc:  # a worker's abort, in here; the next log starts another sender
-            self.report.note("sender", _ERROR, f"sender ended: {type(exc).__name__}: {exc}")
+        except BaseException:
+            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
         finally:
             if self._threads is threads:
                 self._wake_at = 1.0
@@ -2925,16 +2917,21 @@ def _at_exit() -> None:
     senders = list(_open_senders)
     deadline = time.monotonic() + max((s._config.exit_timeout for s in senders), default=0.0)
     trouble: BaseException | None = None
-    for step in (_Sender.hurry, _Sender.flush, _Sender.close):
-        for sender in senders:
-            for _ in range(3):  # interrupted twice, it is done all the same
-                try:
-                    step(sender, deadline)
-                    break
-                except BaseException as exc:
-                    trouble = exc
-                    if not isinstance(exc, Exception):  # Ctrl-C: no more waiting
-                        deadline = 0.0
+    steps: list[tuple[Callable[[_Sender, float], object], _Sender, int]] = []
+    steps += [(_Sender.hurry, sender, 1) for sender in senders]
+    # Whoever has no thread sends in this one, and may not use up the others' time.
+    steps += [(_Sender.flush, sender, len(senders) - i) for i, sender in enumerate(senders)]
+    steps += [(_Sender.close, sender, 1) for sender in senders]
+    for step, sender, share in steps:
+        for _ in range(3):  # interrupted twice, it is done all the same
+            try:
+                now = time.monotonic()
+                step(sender, now + max(0.0, deadline - now) / share)
+                break
+            except BaseException as exc:
+                trouble = exc
+                if isinstance(exc, KeyboardInterrupt):  # no more waiting
+                    deadline = 0.0
     if trouble is not None:
         raise trouble
 
@@ -3298,9 +3295,9 @@ class _Link:
     def __init__(self, config: Config) -> None:
         self._transport = config.transport or _UrllibTransport(config.ssl_context)
         self._key = config.api_key
-        names = ["logging", "email.utils", "http.client"]
+        names = ["logging", "email.utils", "http"]
         if isinstance(self._transport, _UrllibTransport):
-            names += ["select", "urllib.request", "encodings.idna", "ssl"]
+            names += ["select", "http.client", "urllib.request", "encodings.idna", "ssl"]
         for name in names if not config.disabled else ():
             try:
                 importlib.import_module(name)

@@ -1777,7 +1777,7 @@ class SpoolTest(ProcessTestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.rows(path), 0)
 
-    def test_refused_logs_are_parked_and_wait_for_a_later_run(self):
+    def test_refused_logs_are_held_and_wait_for_a_later_run(self):
         for status in (401, 403, 404, 500, 503, 302):
             with self.subTest(status):
                 path = self.spool()
@@ -1792,11 +1792,12 @@ class SpoolTest(ProcessTestCase):
                     client.log(entry)
                 self.assertFalse(client.flush(LONG))
                 stats = self.assertBalanced(client)
-                self.assertEqual((stats.parked, stats.dropped, dropped), (3, {}, []))
+                self.assertEqual((stats.queued, stats.dropped, dropped), (3, {}, []))
                 self.assertEqual(len(client._link._transport.requests), 1)
-                client.flush(LONG)  # does not send a parked log again in this run
-                self.assertEqual(len(client._link._transport.requests), 1)
-                client.close(LONG)
+                self.assertFalse(client.flush(LONG))  # offers it again
+                self.assertEqual(len(client._link._transport.requests), 2)
+                client.close(0)
+                self.assertEqual(self.assertBalanced(client).queued, 3)
                 self.assertEqual(SqliteSpool(path).dead_letters(), [])
                 self.assertEqual(self.drain(path), [e.log_id for e in entries])
 
@@ -1863,21 +1864,28 @@ class SpoolTest(ProcessTestCase):
         client.flush(LONG)
         client.log(Log("x", 2))
         names = os.listdir(path.parent)
-        kinds = {".lock" if n.endswith(".lock") else n for n in names}
-        self.assertEqual(kinds, {"spool.db", "spool.db-wal", "spool.db-shm", ".lock"})
+        self.assertEqual(set(names), {"spool.db", "spool.db-wal", "spool.db-shm", "spool.db-lock"})
         for name in names:
             self.assertEqual(stat.S_IMODE((path.parent / name).stat().st_mode), 0o600, name)
         # Read elsewhere: closing a file here would take the locks SQLite has on it in this process.
         code = "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
-    def test_a_file_opened_a_hundred_million_times_still_takes_logs(self):
-        path, left = self.make_spool()
-        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
-            conn.execute("UPDATE sqlite_sequence SET seq = 100000000")
-        _, later = self.make_spool(2, path)
+    def test_a_drained_spool_leaves_one_small_file(self):
+        path, left = self.make_spool(300)
+        again, later = self.make_spool(2, path)  # in PATH.2, since something waits in PATH
+        self.assertEqual(sorted(os.listdir(path.parent)), [path.name, path.name + ".2"])
         self.assertEqual(self.drain(path), left + later)
         self.assertEqual(os.listdir(path.parent), [path.name])
+        self.assertEqual(self.rows(path), 0)
+
+    def test_ids_are_not_given_out_twice_when_the_file_runs_empty(self):
+        client = self.client(spool=self.spool(), transport=FakeTransport(), flush_delay=60)
+        for count in range(1, 4):
+            client.log(Log("x", count))
+            self.assertEqual(client.stats().queued, 1)
+            self.assertTrue(client.flush(LONG))
+            self.assertEqual(self.assertBalanced(client).accepted, count)
 
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
@@ -1900,20 +1908,20 @@ class SpoolTest(ProcessTestCase):
         client.log(Log("room again", 1))
         self.assertLessEqual(path.stat().st_size, 64 * 1024)
 
-    def test_a_log_put_while_close_releases_the_file_is_reported_not_orphaned(self):
-        """The row would belong to an owner that close() has just forgotten: no later run would look for it."""
+    def test_a_log_put_while_close_ends_is_reported_not_orphaned(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport())
         client.log(Log("x", 1))
         client.flush(LONG)
         spool, late = client._outbox.buffer, Log("late", 1)
-        release = spool._release
+        leave = spool.leave
 
-        def release_with_a_late_log(conn):
-            release(conn)
-            spool._inbox.append(late._body)  # another thread in put(), before it gets the lock
+        def leave_with_a_late_log():
+            left = leave()
+            spool.put(late._body)  # as of another thread that has found the client open
+            return left
 
-        spool._release = release_with_a_late_log
+        spool.leave = leave_with_a_late_log
         client.close(LONG)
         stats = self.assertBalanced(client)
         self.assertEqual((stats.queued, stats.dropped), (0, {"closed": 1}))
@@ -1945,13 +1953,13 @@ class SpoolTest(ProcessTestCase):
                 len(self.drain(path)) + stats.dropped.get("closed", 0), 32, f"seed {seed}"
             )
 
-    def test_ctrl_c_inside_a_transaction_leaves_later_logs_committed(self):
+    def test_ctrl_c_inside_the_spool_leaves_later_logs_committed(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
         spool = client._outbox.buffer
         with (
-            mock.patch.object(spool, "_take_over", side_effect=KeyboardInterrupt),
+            mock.patch.object(spool, "_tend", side_effect=KeyboardInterrupt),
             self.assertRaises(KeyboardInterrupt),
         ):
             client.flush()
@@ -1959,21 +1967,19 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(self.rows(path), 2)
         self.assertTrue(client.flush(LONG))
 
-    def test_a_log_from_a_finaliser_inside_a_transaction_is_committed_with_it(self):
+    def test_a_log_from_a_finaliser_inside_the_spool_is_committed_at_once(self):
         path, entry = self.spool(), Log("from a finaliser", 1)
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        for name in ("_insert", "_take_over"):
+        for name, work in (("_put", lambda: client.log(Log("y", 1))), ("_rows", client.stats)):
             with self.subTest(name):
                 self.collect_inside(client, client._outbox.buffer, name, entry)
                 before = self.rows(path)
-                client.log(Log("y", 1)) if name == "_insert" else client.flush(LONG)
-                spool = client._outbox.buffer
-                self.assertFalse(spool._inbox)
-                self.assertEqual(client.stats().accepted, {"_insert": 3, "_take_over": 4}[name])
-                if name == "_insert":
-                    self.assertEqual(self.rows(path), before + 2)
+                work()
+                self.assertFalse(client._outbox.buffer._inbox)
+                self.assertEqual(self.rows(path), before + (2 if name == "_put" else 1))
         self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.assertBalanced(client).delivered, 4)
 
     def collect_inside(self, client, target, name, entry):
         """Arrange that the next call of target.name collects garbage whose finaliser logs `entry`, once."""
@@ -2093,7 +2099,7 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         connect = sqlite3.connect
 
         def read_only(name, **options):
-            return connect(f"file:{name}?mode=ro", uri=True, **options)
+            return connect(name.replace("mode=rw", "mode=ro"), **options)
 
         with mock.patch("sqlite3.connect", read_only):
             self.assertGoesOnInMemory(path)
@@ -2107,19 +2113,32 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         self.assertGoesOnInMemory(path)
         self.assertEqual((os.listdir(path.parent), path.read_bytes()), ([path.name], before))
 
-    def test_a_file_of_another_program_is_left_alone_or_kept_aside(self):
+    def test_a_file_of_another_program_is_left_alone(self):
         path = self.spool()
         path.write_text("these are my notes\n" * 100)
         self.assertGoesOnInMemory(path)
-        kept = [p for p in path.parent.iterdir() if ".damaged-" in p.name]
-        self.assertEqual([p.read_text() for p in kept], ["these are my notes\n" * 100])
+        self.assertEqual(path.read_text(), "these are my notes\n" * 100)
+        self.assertEqual(os.listdir(path.parent), [path.name])
+
+    def test_a_spool_of_the_first_layout_is_refused_with_its_reason(self):
+        path = self.spool()
+        with contextlib.closing(sqlite3.connect(path)) as conn:
+            conn.execute("CREATE TABLE logs (id INTEGER PRIMARY KEY, body BLOB, state INTEGER)")
+            conn.execute("PRAGMA user_version = 1")
+        before = path.read_bytes()
+        with self.assertRaisesRegex(ChirrOpError, "a spool of the first layout"):
+            new_client(api_key=KEY, spool=SqliteSpool(path, required=True))
+        with self.assertRaisesRegex(ChirrOpError, "it is no spool"):
+            SqliteSpool(path).dead_letters()
+        self.assertEqual(path.read_bytes(), before)
 
     def test_an_api_misuse_error_does_not_set_a_healthy_file_aside(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        client._outbox.buffer._transact(lambda conn: conn.execute("SELECT ?"))
-        client._outbox.buffer._retry_at = 0.0
+        spool = client._outbox.buffer
+        spool._attempt(spool._own, lambda: spool._own.conn.execute("SELECT ?"))
+        spool._retry_at = 0.0
         client.log(Log("x", 2))
         self.assertFalse([n for n in os.listdir(path.parent) if "damaged" in n])
         self.assertEqual(self.rows(path), 2)
@@ -3163,6 +3182,17 @@ for _ in range(3):
         self.assertEqual(len(set(server.arrived)), 3)
 
 
+PLAIN = """
+import socket
+def plain(method, url, body, headers, timeout):         # a real socket, without urllib and ssl
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout) as s:
+        s.sendall(b"POST / HTTP/1.1\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+        answer = s.recv(1000)
+    return int(answer.split()[1]), b"", {}
+c = client(transport=plain)
+"""
+
+
 class KillTest(ProcessTestCase):
     CODE = """
 import socket
@@ -3370,36 +3400,22 @@ log(c)
 
     def test_a_fork_in_c_without_pythons_hooks_hangs_no_child_and_sends_each_log_once(self):
         code = """
-import ctypes, http.client
-owner, (end, begin), inside = os.getpid(), os.pipe(), threading.Event()
-port = int(sys.argv[1].split(":")[2].split("/")[0])
-def transport(method, url, body, headers, timeout):
-    if os.getpid() == owner:
-        inside.set()
-        os.read(end, 1)             # in flight until all children have ended
-    link = http.client.HTTPConnection("127.0.0.1", port)
-    link.request(method, "/v1.0/logs", body, headers)
-    status, content = link.getresponse().status, b""
-    link.close()
-    return status, content, {}
-c = client(transport=transport, max_senders=1)
-log(c, 3)
-inside.wait()
-time.sleep(0.2)                     # a thread that asks for the GIL while C forks would break any program
+import ctypes
+c = client()
+log(c, 3)                       # as an import of the application does; a sender waits from here on,
+assert c.flush(20), c.stats()   # and not for the GIL: a child in C could not do without it
 os.fork = ctypes.PyDLL(None).fork
 def child():
     log(c, 3)
     assert c.flush(20), c.stats()
-    assert c.stats().accepted == 3, c.stats()
-for _ in range(3):
-    reap(fork(child))
-os.write(begin, b"xxx")
+reap(*[fork(child) for _ in range(3)])
 assert c.flush(20), c.stats()
 """
-        server = self.server()
-        said = self.run_program(code, server.url)
-        self.assertEqual(len(said), 12)
-        self.assertEqual(sorted(server.stored), sorted(said))
+        for _ in range(3):
+            server = self.server()
+            said = self.run_program(code, server.url)
+            self.assertEqual(len(said), 12)
+            self.assertEqual(sorted(server.stored), sorted(said))
 
     def test_a_sender_that_wakes_in_a_forked_child_ends_and_sends_nothing(self):
         code = """
@@ -3423,6 +3439,7 @@ assert sum(len(__import__("json").loads(body)) for body in seen) == 4
         self.assertEqual(len(self.run_program(code)), 4)
 
     def test_a_subinterpreter_delivers_by_flush_and_at_its_end(self):
+        """By a transport without ssl, which crashes CPython 3.12 itself at a subinterpreter's end."""
         if not any(map(importlib.util.find_spec, ("_interpreters", "_xxsubinterpreters"))):
             self.skipTest("no subinterpreters here")
         code = """
@@ -3432,16 +3449,14 @@ except ImportError:
     import _xxsubinterpreters as interpreters
 for ending in "assert c.flush(20), c.stats()", "":
     number = interpreters.create()
-    code = "import sys; sys.argv = " + repr(sys.argv) + sys.argv[2] + "c = client(); log(c, 3)\\n" + ending
+    code = "import sys; sys.argv = " + repr(sys.argv) + sys.argv[2] + "log(c, 3)\\n" + ending
     wrong = interpreters.run_string(number, code)
     assert not wrong, wrong
-    if sys.version_info < (3, 13):
-        os._exit(0)             # destroy() crashes there after an import of json, on 3.12.1
     interpreters.destroy(number)
 """
         server = self.server()
-        said = self.run_program(code, server.url, PRELUDE)
-        self.assertEqual(len(said), 6 if sys.version_info >= (3, 13) else 3)
+        said = self.run_program(code, server.url, PRELUDE + PLAIN)
+        self.assertEqual(len(said), 6)
         self.assertEqual(sorted(server.stored), sorted(said))
 
     def test_where_no_thread_can_be_had_flush_close_and_exit_send(self):
@@ -3767,6 +3782,14 @@ PATIENCE = float(os.environ.get("CHIRROP_TEST_PATIENCE", "5"))  # seconds; what 
 
 class TimeLimit(Exception):
     """What a task queue's soft time limit raises from its signal handler."""
+
+
+BY_HANDLERS = (TimeLimit, KeyboardInterrupt, SystemExit)  # the others need none
+
+
+def handle(number, frame):
+    """Raise, as the handler of a signal, what is under test."""
+    raise handle.thrown
 
 
 class Hang(BaseException):
@@ -4178,12 +4201,13 @@ class Trial:
             yield f"lost {len(lost)} logs: {stats}"
         if dropped != len(drops):
             yield f"dropped {dropped} logs and reported {len(drops)}"
-        if stats.accepted not in (
-            len({*taken, *drops, *spooled}),
-            len({*taken, *drops, *spooled}) + len(lost),
-        ):
-            yield f"took {len({*taken, *drops, *spooled})} logs, but says {stats}"
-        if stats.delivered != len(taken):
+        # What becomes of an interrupted send_logs() is unknown, and not in the account.
+        direct = self.operation.startswith("send_logs")
+        unknown = set(self.unsure).intersection(taken) if direct else set()
+        places = len({*taken, *drops, *spooled} - unknown)
+        if stats.accepted - places not in range(len(lost) + len(unknown) + 1):
+            yield f"took {places} logs, but says {stats}"
+        if stats.delivered not in (len(taken), len(taken) - len(unknown)):
             yield f"delivered {len(taken)} logs, but says {stats}"
 
     def left(self, missing):
@@ -4226,12 +4250,14 @@ class Trials:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
+        before = signal.signal(signal.SIGUSR1, handle)
         gc.disable()
         try:
             with Step.installed(deep), mock.patch("threading.Thread.start", start_or_not):
                 yield
         finally:
             cls.threads_forbidden = False
+            signal.signal(signal.SIGUSR1, before)
             gc.enable()
             gc.collect()
 
@@ -4288,6 +4314,9 @@ class Trials:
         thrown = happening("thrown") if raising else None
 
         def act():
+            if happening in BY_HANDLERS:
+                handle.thrown = thrown
+                handle(signal.SIGUSR1, sys._getframe())
             if raising:
                 raise thrown
             try:
@@ -4459,6 +4488,49 @@ class TimeLimitTest(TestCase):
         for client in range(100 if FULL else 3):
             self.limited(100, self.folder() / f"{client}.db" if spool else None)
 
+    def test_a_time_limit_of_any_kind_of_handler_comes_through(self):
+        """While a transport works for send_logs, where a network failure would be repeated."""
+
+        class Handler:
+            def __call__(self, *_):
+                raise TimeLimit
+
+            def method(self, *_):
+                raise TimeLimit
+
+        def once(*_):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            raise TimeLimit
+
+        def raised(kind, *_):
+            raise kind
+
+        handlers = (Handler(), Handler().method, once, functools.partial(raised, TimeLimit))
+        for handler in handlers:
+            answers = iter([lambda: signal.raise_signal(signal.SIGALRM), lambda: None])
+
+            def transport(*_, answers=answers):
+                next(answers)()
+                return 200, b"", {}
+
+            with self.subTest(handler=handler):
+                before = signal.signal(signal.SIGALRM, handler)
+                self.addCleanup(signal.signal, signal.SIGALRM, before)
+                client = new_client(api_key=KEY, transport=transport)
+                with self.assertRaises(TimeLimit):
+                    client.send_logs([Log("test", 1)])
+                self.assertTrue(client.close(LONG))
+
+    def test_a_flush_before_the_first_log_leaves_a_client_that_wakes(self):
+        wire = Wire()
+        client = new_client(api_key=KEY, transport=wire, flush_delay=0, batch_size=3)
+        self.addCleanup(client.close, LONG)
+        self.assertTrue(client.flush(LONG))
+        entries = [Log("test", n) for n in range(3)]
+        for entry in entries:
+            client.log(entry)
+        self.assertTrue(wire.wait([entry.log_id for entry in entries]), client.stats())
+
     def test_time_limits_at_random_moments_of_a_job_in_memory_harm_nothing(self):
         self.each(spool=False)
 
@@ -4560,7 +4632,7 @@ class DeadlineTest(ProcessTestCase):
                 self.assertBalanced(client)
 
     def senders(self, hang, batches):
-        """Return a client with four senders, each of which hangs in on_drop; it takes ten batches."""
+        """Return a client with four senders that have a drop to report, and on_drop hangs."""
         together, inside = threading.Barrier(4), threading.Semaphore(0)
         requests = itertools.count()
 
@@ -4579,8 +4651,9 @@ class DeadlineTest(ProcessTestCase):
         for n in range(batches * 250):
             client.log(Log("test", n))
         client.flush(0)
-        for _ in range(4):
-            self.assertTrue(inside.acquire(timeout=LONG))
+        self.assertTrue(inside.acquire(timeout=LONG))
+        for _ in range(3):
+            inside.acquire(timeout=0.3)  # where each sender calls it; a reporter is alone
         return client
 
     def test_close_is_bounded_when_on_drop_hangs_in_every_sender(self):
@@ -4627,8 +4700,9 @@ c = client("http://x", transport=transport, on_drop=on_drop, flush_delay=60, exi
 for n in range(10 * 250):
     c.log(Log("test", n))
 c.flush(0)
-for _ in range(4):
-    inside.acquire()
+inside.acquire()
+for _ in range(3):
+    inside.acquire(timeout=0.3)
 say(time.monotonic())
 """
         )
@@ -4863,6 +4937,7 @@ class OtherUserTest(NotASpoolCase):
     def test_a_spool_in_a_sticky_folder_that_everybody_may_write_to_works(self):
         path = self.shared() / "spool.db"
         self.make_spool(3, path)
+        self.records.clear()
         self.assertEqual(len(self.drain(path)), 3)
         self.assertEqual([r for r in self.records if r.levelno >= logging.WARNING], [])
 
