@@ -13,19 +13,35 @@ At any moment every accepted log is delivered, dropped (reported, with its reaso
 
 Outside itself this file touches, each in the one place named:
     network   _UrllibTransport; Sandbox server and `doctor` when they are asked for
-    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
-              the command line's progress line, and the sandbox's server when it runs
+    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes
+              log records; the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
     environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
               proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
-    exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
+    exit      one atexit hook, and hooks around fork; both are installed by the import and act on
+              open clients
     logging   the logger "chirrop", to which no handler is added
 
-Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
-outbox, sender, transport, Client, global API, Sandbox, command line. Search for "# ---- ".
+Undocumented names of the standard library, for a port to look at:
+    json.encoder c_make_encoder and encode_basestring: a log at half the cost. Where the first is
+              missing, the public encoder does the same
+    RLock._is_owned and sys._getframe: whether a signal handler or finaliser that calls a client
+              has interrupted this very file
+    multiprocessing.util.Finalize: its children end past every exit hook
+    urllib    Request._tunnel_host and unredirected_hdrs, AbstractHTTPHandler.do_request_: urllib
+              chooses the proxy and the headers, but closes each connection after one answer
+    http.client response_class of a connection; begin, length, will_close and fp.raw of a response:
+              it has no deadline for a whole answer, and does not see all that are cut short
 
-To vendor: copy this file anywhere in your package. To update: replace it with a newer one and compare
-__version__. Licence: MIT, the text is at the end of the file.
+Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry
+policy, outbox, sender, transport, Client, global API; then the cut line; then Sandbox and command
+line, for trying and testing, which nothing above them needs. Search for "# ---- ". The SDK only,
+complete and with its licence:
+
+    mkdir -p cut && sed '/^# ---- Sandbox/,/^# ---- Licence/d' chirrop.py > cut/chirrop.py
+
+To vendor: copy this file, or the cut one, anywhere in your package. To update: replace it with a
+newer one and compare __version__. Licence: MIT, the text is at the end of the file.
 """
 
 from __future__ import annotations
@@ -44,18 +60,19 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from itertools import repeat
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Sandbox", "Stats",
+    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Stats",
     "new_client", "initialize", "log_event", "flush", "stop",
     "ChirrOpError", "ChirrOpValidationError", "ChirrOpQueueFullError", "ChirrOpTransportError",
-    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError", "ChirrOpBadRequestError",
-    "ChirrOpUnauthorizedError", "ChirrOpForbiddenError", "ChirrOpNotFoundError",
-    "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError", "__version__",
+    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError",
+    "ChirrOpBadRequestError", "ChirrOpUnauthorizedError", "ChirrOpForbiddenError",
+    "ChirrOpNotFoundError", "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError",
+    "__version__",
 ]  # fmt: skip
 
 # ---- Constants and vocabularies -------------------------------------------
@@ -114,7 +131,6 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from http.server import ThreadingHTTPServer
     from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
@@ -4232,7 +4248,13 @@ initialize, log_event, flush, stop = (
 # server of _serve_sandbox does); one lock guards all state, and no scripted delay is waited for
 # under it.
 
+from datetime import timedelta  # noqa: E402  # like all that only the lower part needs
+
+__all__ += ["Sandbox"]
+
 if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
+
     _Row = dict[str, Any]
     _Reply = tuple[int, bytes, dict[str, str]]
 
@@ -5859,16 +5881,16 @@ if __name__ == "__main__":
 # Copyright (c) 2026 ChirrOp
 #
 # Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction, including
-# without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-# copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-# following conditions:
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or substantial
-# portions of the Software.
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-# LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
-# EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
-# IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
-# THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import builtins
 import collections
 import contextlib
 import copy
@@ -68,10 +69,11 @@ from chirrop import (
     Client,
     Config,
     Log,
-    Sandbox,
     SqliteSpool,
     new_client,
 )
+
+Sandbox = getattr(chirrop, "Sandbox", None)  # CutTest runs the SDK's tests on a file without it
 
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
@@ -7689,6 +7691,81 @@ class ModuleTest(TestCase):
         )
         self.assertIn("MIT License", self.SOURCE)
         self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.SOURCE)
+
+
+class CutTest(TestCase):
+    """The file ends at its cut line for who takes the SDK only: what stands above is complete."""
+
+    COMMAND = re.search(r"(?m)^ +(mkdir -p cut && sed .+)$", ModuleTest.SOURCE).group(1)
+    QUICK = (
+        "ErrorTest LogTest ConfigTest PolicyTest MemoryBufferTest OutboxTest SplitTest FlushTest"
+        " ClientTest ControlPlaneTest TimerTest LambdaTest GlobalTest"
+    )
+
+    def setUp(self):
+        super().setUp()
+        if shutil.which("sed") is None:
+            self.skipTest("there is no sed")
+        self.within = self.folder()
+        shutil.copy(chirrop.__file__, self.within / "chirrop.py")
+        subprocess.run(["sh", "-c", self.COMMAND], cwd=self.within, check=True)
+        self.path = self.within / "cut" / "chirrop.py"
+        self.source = self.path.read_text(encoding="utf-8")
+
+    def run_cut(self, *arguments, **env):
+        """Run this interpreter where `import chirrop` gets the cut file."""
+        paths = os.pathsep.join([str(self.path.parent), str(pathlib.Path(__file__).parent)])
+        return subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            capture_output=True, text=True, cwd=self.path.parent,
+            env={**os.environ, **NOT_COUNTED, "PYTHONPATH": paths, **env},
+        )  # fmt: skip
+
+    def test_the_rest_has_no_sandbox_no_command_line_and_its_licence(self):
+        self.assertNotRegex(self.source, r"(?m)^(class Sandbox|def main|# ---- Sandbox)")
+        self.assertTrue(self.source.startswith("#!/usr/bin/env python3\n"))
+        self.assertIn("\n\n\n# MIT License\n", self.source)
+        self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.source)
+
+    def test_the_rest_names_nothing_that_is_gone_and_imports_nothing_unused(self):
+        tree = ast.parse(self.source)
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | set(dir(builtins))
+        bound |= {"__file__"}
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                bound.add(node.name)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.ExceptHandler):
+                bound.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        used = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+        self.assertEqual(used - bound - imported, set())
+        self.assertEqual(imported - used - {"annotations"}, set())
+
+    def test_the_rest_gives_every_name_that_it_lists(self):
+        done = self.run_cut("-c", "from chirrop import *; print(sorted(dir())); new_client")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name in set(chirrop.__all__) - {"Sandbox"}:
+            self.assertIn(repr(name), done.stdout)
+        self.assertNotIn("Sandbox", done.stdout)
+
+    def test_the_rest_passes_the_tests_of_the_sdk(self):
+        names = self.QUICK.split()
+        if FULL:
+            above = pathlib.Path(__file__).read_text(encoding="utf-8").split("\n# ---- The file")[0]
+            names = re.findall(r"^class (\w+Test)\(", above, re.MULTILINE)
+        check = "import chirrop, sys; sys.exit(hasattr(chirrop, 'Sandbox'))"
+        self.assertEqual(self.run_cut("-c", check).returncode, 0)
+        classes = [f"test_chirrop.{name}" for name in names]
+        done = self.run_cut("-m", "unittest", *classes, CHIRROP_TEST_FULL="")
+        self.assertEqual(done.returncode, 0, done.stderr[-5000:])
+
+    def test_the_readme_has_the_command_of_the_header(self):
+        self.assertEqual(readme().count(f"\n{self.COMMAND}\n"), 2)
 
 
 # ---- Sandbox --------------------------------------------------------------
