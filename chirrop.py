@@ -2550,10 +2550,13 @@ class _Reporter:
         """Call on_drop for each drop that it has not heard of."""
         while self._on_drop is not None and self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
+            logs = [_decoded(item) for item in drop.items]
             try:
-                self._on_drop([_decoded(item) for item in drop.items], drop.error)
+                self._on_drop(logs, drop.error)
             except BaseException as exc:  # it is the application's code
-                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
+                trace = exc.__traceback__
+                ours = trace is None or trace.tb_next is None  # it has not even been called
+                if ours or isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
