@@ -1019,7 +1019,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   fill(batch)          put the oldest of them into an empty batch
 #   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
 #   stays(batch)         tell whether a batch's logs outlive this client
-#   tend()               do what takes its time; without the lock; return when to do more, in seconds
+#   tend()               do what takes its time; without the lock; return seconds until more is due
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
 #   close()              end; without the lock
@@ -1034,7 +1034,7 @@ if TYPE_CHECKING:
 
 
 def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
-    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts this thread.
+    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts it.
 
     A `with` alone leaves the lock taken when an exception strikes between its block and its exit,
     as Python 3.9 lets a signal handler do.
@@ -1073,14 +1073,15 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before",
+        "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
         self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
-        # The spool file that holds them, their ids there, and how many logs were read up to the last.
+        # The spool file that holds them, their ids there, and how many were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
         self.attempts, self.not_before, self.exhausted = 0, 0.0, False
@@ -1269,7 +1270,7 @@ def _check_header(path: str) -> bool:
 
 
 class _SpoolFile:
-    """One file of a spool that this process holds: its lock, its connections, how far it is read."""
+    """A file of a spool that this process holds: lock, connections, how far it has been read."""
 
     def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
         self.path, self.lock = path, lock
@@ -1319,7 +1320,7 @@ class _SpoolFile:
     def close(self, removable: bool) -> None:
         """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
 
-        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        `side` stays open: its thread may be using it, which the sqlite3 module does not survive.
         """
         conn = self.conn
         try:
@@ -1340,9 +1341,10 @@ class SqliteSpool:
     client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
     as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
-    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
-    so any number of processes may share a path on a local disk, and none waits for another. What a
-    dead process or a closed client left is sent by the next that opens the path or runs out of work.
+    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds
+    and in which nothing waits, so any number of processes may share a path on a local disk, and
+    none waits for another. What a dead process or a closed client left is sent by the next that
+    opens the path or runs out of work.
 
     A power loss may cost the commits of the last moments, since they are synced to the disk only
     now and then (SQLite's `synchronous=NORMAL`); "FULL" syncs each commit, at milliseconds a log.
@@ -1545,7 +1547,7 @@ class SqliteSpool:
         return file
 
     def _usable(self) -> _SpoolFile | None:
-        """Return the file that this client writes to, opened if need be; None while there is none."""
+        """Return the file that this client writes to, opened if need be; None if there is none."""
         if self._closed:
             return None
         due = time.monotonic() >= self._retry_at
@@ -1720,7 +1722,7 @@ class SqliteSpool:
         return wait
 
     def _look_around(self) -> float | None:
-        """Take over what dead processes left, once after each spell of work, or say when to do so."""
+        """Take over what dead processes left, after each spell of work, or say when to do so."""
         if self._settled_at < self._looked_at:
             return None
         now = time.monotonic()
@@ -1850,7 +1852,8 @@ def _error_class(status: int) -> type[ChirrOpError]:
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
     """Return seconds to wait after failed attempt `attempt` (1 is the first).
 
-    Full jitter, on top of the server's wait when it gave one: clients cut off together return apart.
+    Full jitter, on top of the server's wait when it gave one: clients cut off together return
+    apart.
     `rand` returns a float in [0, 1).
     """
     window = min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt - 1, 32))
@@ -1863,7 +1866,7 @@ def _random() -> float:
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None when it says nothing valid.
+    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None if it has none.
 
     `now` is Unix seconds, for the header's other form, an HTTP date.
     """
@@ -1978,10 +1981,10 @@ def _proxy_advice(scheme: str) -> str:
 
 
 # ---- Outbox ---------------------------------------------------------------
-# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery and
-# the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an argument,
-# so a test can turn the clock by hand. What follows an answer is a pure function of _State, which is
-# replaced as a whole, under the lock.
+# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery
+# and the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an
+# argument, so a test can turn the clock by hand. The state is replaced as a whole, under the lock:
+# whatever interrupts a step, either nothing has happened or all of it.
 
 
 if TYPE_CHECKING:
@@ -2395,7 +2398,7 @@ class _Outbox:
             )
 
     def sweep(self) -> None:
-        """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
+        """Drop what was logged after the end, unless this interrupts somebody who does it."""
         if not self.buffer.lock._is_owned():
             self._locked(self._sweep, "logged after close")
 
@@ -2450,19 +2453,21 @@ class _Outbox:
 
 # ---- Reporter and sender --------------------------------------------------
 # In: batches from the outbox. Out: one request per batch, and word of what was dropped.
-#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it; holds
-#                              no lock while a request is under way; runs no code of the application
-#                              but its transport, and imports nothing
-#   thread "chirrop-reporter"  now and then: runs on_drop, and the handlers of the logging module
+#   a caller of log()          encodes and puts: no lock in memory, one commit with a spool; rings
+#                              the bell if its log is the first of a batch, or makes one full
+#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it;
+#                              holds no lock while a request is under way; runs no code of the
+#                              application but its transport, and imports nothing
+#   thread "chirrop-reporter"  now and then: runs on_drop, and the logging module's handlers
 #   a caller of flush, close   waits; where no thread can be had it does the senders' work itself
-# Whether a thread is inside one of these is read from its stack: a flag could outlive an interrupted
-# call.
+# Whether a thread is inside one of these is read from its stack: a flag could outlive an
+# interrupted call.
 
 _WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
 
 
 class _Bell:
-    """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
+    """Wake a thread that waits, or the next one to wait; any code may ring it.
 
     A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever
     before Python 3.13 when its time is over before it has begun to wait.
@@ -2562,7 +2567,7 @@ class _Reporter:
             self._outbox.told(drop)
 
     def write(self, final: bool = False) -> None:
-        """Hand notes to the logger, and drops added up; returns at once inside a handler of its own."""
+        """Hand notes and drops, added up, to the logger; returns at once inside a handler of its."""
         unsaid = self._outbox.state.unsaid
         if not self._notes and not unsaid or _is_inside(_Reporter._write.__code__):
             return
@@ -2610,7 +2615,7 @@ def _start_thread(
 
 
 def _has_no_threads() -> bool:
-    """Tell whether this is a uWSGI worker without threads: one could be made, but would never run."""
+    """Tell whether this is a uWSGI worker without threads: one could be made, but never runs."""
     options = getattr(sys.modules.get("uwsgi"), "opt", None)
     if not isinstance(options, dict):
         return False
@@ -2704,7 +2709,7 @@ class _Sender:
             self._spawn()
 
     def _ring(self) -> None:
-        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        """Wake the sender that waits, if there is one: else put() would take it for awake."""
         if self._alive():
             self._bell.ring()
 
@@ -2721,7 +2726,7 @@ class _Sender:
         if len(threads) >= self.outbox.state.width:
             return
         if type(self._lead) is not type(threading.Lock()):
-            # gevent or eventlet has patched threading since: what a greenlet waits on must be theirs.
+            # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
             self._lead, self._bell = threading.Lock(), _Bell()
         _close_with_multiprocessing()
         name = f"chirrop-sender-{len(threads) + 1}"
@@ -2742,7 +2747,7 @@ class _Sender:
             while self._threads is threads and self._turn(threads):
                 pass
         except BaseException:
-            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
+            pass  # a worker's abort, raised in here: the next log starts another sender
         finally:
             if self._threads is threads:
                 self._wake_at = 1.0
@@ -2775,7 +2780,7 @@ class _Sender:
             if self.owner() is None and not outbox.held():
                 self.shut(True, 0.0)
                 break
-            self.report.kick()
+            self._tell()  # a look into the buffer may have ended a wait, too
             self._wake_at = outbox.wake_level(self._clock())
             waits = [outbox.due_in(self._clock()), look_in]
             wait = min((wait for wait in waits if wait is not None), default=math.inf)
@@ -2915,7 +2920,7 @@ class _Sender:
         self.wake()
 
     def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """The client was garbage-collected: send what is held, then end. Called by the collector."""
+        """Send what is held, then end: the client is gone. Called by the garbage collector."""
         if ending():  # the exit hook has run, and the names of this module are going
             return
         if self._threads:
@@ -2969,7 +2974,7 @@ def _at_exit() -> None:
 
 
 def _close_with_multiprocessing() -> None:
-    """Let a child of multiprocessing close its clients: it ends by os._exit, past all exit hooks."""
+    """Let a child of multiprocessing close its clients: it ends by os._exit, past exit hooks."""
     util: Any = sys.modules.get("multiprocessing.util")
     if util is not None and _finalizing.get("pid") != os.getpid():
         _finalizing["pid"] = os.getpid()
