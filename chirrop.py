@@ -52,7 +52,6 @@ import io
 import json
 import math
 import os
-import signal
 import stat
 import struct
 import sys
@@ -1051,20 +1050,15 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
 def _is_from_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
-    Its frame tells, not its type: a time limit may well be a TimeoutError.
+    Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
+    given the frame that it has interrupted.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    codes = set()
-    for number in signal.valid_signals():
-        handler: Any = signal.getsignal(number)
-        handler = getattr(handler, "func", handler)  # a functools.partial
-        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
-        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
+    while trace is not None and trace.tb_next is not None:
+        for given in trace.tb_next.tb_frame.f_locals.values():
+            values = given if isinstance(given, tuple) else (given,)
+            if any(value is trace.tb_frame for value in values):
+                return True
         trace = trace.tb_next
     return False
 
@@ -2600,7 +2594,7 @@ def _start_thread(
     """Start a thread, which is in `threads` before it runs; False where there can be none.
 
     That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack,
-    in a uWSGI worker without threads.
+    in uWSGI. Not under a lock: with gevent, others run meanwhile.
     """
     if _exiting or _has_no_threads():
         return False
@@ -2615,14 +2609,14 @@ def _start_thread(
 
 
 def _has_no_threads() -> bool:
-    """Tell whether this is a uWSGI worker without threads: one could be made, but never runs."""
-    options = getattr(sys.modules.get("uwsgi"), "opt", None)
+    """Tell whether uWSGI forbids threads: in its master, which forks in C, a busy one would hang its
+    children; in a worker without its `enable-threads` one could be made, but never runs."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    options = getattr(uwsgi, "opt", None)
     if not isinstance(options, dict):
         return False
-    return not any(options.get(name) or options.get(name.encode()) for name in _UWSGI_THREADS)
-
-
-_UWSGI_THREADS = ("enable-threads", "threads")
+    enabled = any(options.get(name) for name in ("enable-threads", "threads"))
+    return not enabled or getattr(uwsgi, "worker_id", lambda: 1)() == 0
 
 
 class _Sender:
@@ -2714,31 +2708,33 @@ class _Sender:
             self._bell.ring()
 
     def _alive(self) -> bool:
+        """Tell whether there is a sender, in the world in which this thread runs."""
+        if type(self._lead) is not type(threading.Lock()):
+            # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
+            bell = self._bell
+            self._threads, self._wake_at = [], 1.0
+            self._lead, self._bell = threading.Lock(), _Bell()
+            bell.ring()  # a sender that waits in the other world ends
         return any(thread.is_alive() for thread in self._threads)
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        _exclusively(self.outbox.buffer.lock, self._spawn_one)
-
-    def _spawn_one(self) -> None:
         threads = self._threads
         threads[:] = [thread for thread in threads if thread.is_alive()]
         if len(threads) >= self.outbox.state.width:
             return
-        if type(self._lead) is not type(threading.Lock()):
-            # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
-            self._lead, self._bell = threading.Lock(), _Bell()
         _close_with_multiprocessing()
+        if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
+            importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
         name = f"chirrop-sender-{len(threads) + 1}"
-        if not _start_thread(
-            threads, self._run, name, threads
-        ):  # flush, close and exit send in their own thread; see again with the next batch
+        if _start_thread(threads, self._run, name, threads):
+            return
+        # flush, close and exit send in their own thread.
+        if _has_no_threads():
+            text = "uWSGI has no threads here (see its enable-threads)"
+            self.report.note("uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only")
+        else:  # look again with the next batch
             self._wake_at = self.outbox.buffer.level() + self._config.batch_size
-            if _has_no_threads():
-                text = "uWSGI runs without threads (see its enable-threads)"
-                self.report.note(
-                    "uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only"
-                )
 
     def _run(self, threads: list[threading.Thread]) -> None:
         """Send until the client is closed; `threads` is another list in a forked child, into which
@@ -2749,10 +2745,10 @@ class _Sender:
         except BaseException:
             pass  # a worker's abort, raised in here: the next log starts another sender
         finally:
+            self.outbox.release(threading.get_ident())
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
-                self.outbox.release(threading.get_ident())
                 for _, bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 

@@ -54,6 +54,7 @@ import unittest
 import unittest.mock
 import urllib.parse
 import uuid
+import warnings
 import zipfile
 from contextlib import redirect_stderr
 from datetime import datetime, timedelta, timezone, tzinfo
@@ -1469,9 +1470,7 @@ class Simulation:
     def balance(self):
         stats = self.outbox.stats()
         total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
-        assert stats.accepted == total and min(stats.queued, stats.in_flight) >= 0, (
-            stats
-        )
+        assert stats.accepted == total and min(stats.queued, stats.in_flight) >= 0, stats
         return stats
 
     def run(self):
@@ -4409,7 +4408,17 @@ class Trials:
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
 @unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
-class InterruptTest(TestCase):
+class InterruptedCase(TestCase):
+    def setUp(self):
+        super().setUp()
+        # What an exception leaves open is closed when nobody holds it any more, and Python warns.
+        catch = warnings.catch_warnings()
+        catch.__enter__()
+        self.addCleanup(catch.__exit__, None, None, None)
+        warnings.simplefilter("ignore", ResourceWarning)
+
+
+class InterruptTest(InterruptedCase):
     """In a full run at every instruction, a quarter of an hour; else at a few of each kind."""
 
     REACHES = ("signal", "memory", "end")  # demanded; see Place
@@ -4477,7 +4486,7 @@ class InterruptTest(TestCase):
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
-class TimeLimitTest(TestCase):
+class TimeLimitTest(InterruptedCase):
     """Real signals at random moments, whose handler raises an Exception, against a job."""
 
     def job(self, client):
@@ -4583,7 +4592,7 @@ class TimeLimitTest(TestCase):
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
 @unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
-class ReentryTest(TestCase):
+class ReentryTest(InterruptedCase):
     """A handler may do anything wherever its thread waits, in the threading module as well."""
 
     def each(self, operation, server):
