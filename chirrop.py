@@ -49,6 +49,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -60,7 +61,6 @@ import time
 import weakref
 from collections import deque, namedtuple
 from datetime import datetime, timezone
-from itertools import repeat
 
 __version__ = "1.0.0"
 
@@ -1063,6 +1063,17 @@ def _is_from_handler(exc: BaseException) -> bool:
     return False
 
 
+def _is_inside(*codes: Any) -> bool:
+    """Tell whether one of these code objects is running further up this thread's stack."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        for code in codes:
+            if frame.f_code is code:
+                return True
+        frame = frame.f_back
+    return False
+
+
 class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
@@ -1101,7 +1112,7 @@ def _move(logs: deque[bytes], batch: _Batch, limit: int) -> None:
 
     One call of C, which no signal handler can interrupt: a log is either here or there.
     """
-    batch.items.extend(map(deque.popleft, repeat(logs, min(limit, len(logs)))))
+    batch.items.extend(map(deque.popleft, itertools.repeat(logs, min(limit, len(logs)))))
 
 
 class _Memory:
@@ -1615,9 +1626,11 @@ class SqliteSpool:
         self._puts += 1
 
     def level(self) -> int:
+        """Return how many logs have been put."""
         return self._puts
 
     def is_open(self) -> bool:
+        """Tell whether a file is held."""
         return bool(self._files())
 
     def _is_full(self, file: _SpoolFile) -> bool:
@@ -1635,6 +1648,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
+        """Return how many logs wait in the files held and in memory."""
         return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
@@ -1642,6 +1656,7 @@ class SqliteSpool:
         return sum(sum(self._attempt(file, file.size, batches)) for file in self._files())
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
+        """Put the oldest logs into an empty batch; in a file they stay there until it is settled."""
         for file in self._files():
             if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
@@ -1649,6 +1664,7 @@ class SqliteSpool:
             _move(self._inbox, batch, limit)
 
     def settle(self, batch: _Batch, error: str | None) -> None:
+        """Remove a batch's logs from their file, or make them dead letters."""
         file, ids, number = batch.place
         if file is None or file.conn is None:
             return
@@ -1660,6 +1676,7 @@ class SqliteSpool:
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
+        """Tell whether a batch's logs are in a file."""
         file = batch.place[0]
         return file is not None and file.conn is not None
 
@@ -2089,6 +2106,7 @@ class _Outbox:
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
         buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
+        self.is_telling: Callable[[], bool] = lambda: False  # is this thread in on_drop?
         self._start()
 
     def _start(self) -> None:
@@ -2145,7 +2163,7 @@ class _Outbox:
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
         """Return the logs that on_drop is to get; None for those that it has logged itself."""
-        if self._config.on_drop is None or _is_inside(_Reporter.tell.__code__):
+        if self._config.on_drop is None or self.is_telling():
             return None
         return items
 
@@ -2485,14 +2503,6 @@ class _Bell:
         return self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
-def _is_inside(*codes: Any) -> bool:
-    """Tell whether one of these code objects is running further up this thread's stack."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code not in codes:
-        frame = frame.f_back
-    return frame is not None
-
-
 class _Reporter:
     """Tell the application what was dropped: on_drop soon, the logger in a handful of records."""
 
@@ -2631,6 +2641,7 @@ class _Sender:
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(outbox, config)
+        outbox.is_telling = lambda: _is_inside(_Reporter.tell.__code__)
         self.owner: Callable[[], object] = lambda: self  # the weak reference to the client
         self._start()
 
