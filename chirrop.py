@@ -44,6 +44,9 @@ To vendor: copy this file, or the cut one, anywhere in your package. To update: 
 newer one and compare __version__. Licence: MIT, the text is at the end of the file.
 """
 
+# Parsed JSON is Any, and each method says what its own holds:
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import atexit
@@ -85,28 +88,18 @@ MAX_META_BYTES = 1024  # of encoded JSON: the service's limit
 MAX_META_KEYS = 10  # top-level keys of an object: the service's limit
 MAX_AGE_SECONDS = 30 * 86400.0  # of occurred_at: the service's limit
 MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
-MAX_ANSWER_BYTES = (
-    16 * 1024 * 1024
-)  # far above any real answer; keeps a wrong host from filling memory
+MAX_ANSWER_BYTES = 16 * 1024 * 1024  # far above any real answer: a wrong host fills no memory
 MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is searched for its message
 MAX_KEPT_BYTES = 4096  # of that answer: what an error keeps, which may be held for as long as it
 MAX_WAITING = 8  # batches that wait for another attempt before no further ones are begun
 MAX_UNTOLD = 1000  # drops kept for an on_drop that is slow; it is not called for more
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
 MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
-MAX_SERVICER_WAIT = (
-    30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
-)
-BACKOFF_BASE = (
-    1.0  # seconds: the widest wait after the first failure, doubled with each further one
-)
+MAX_SERVICER_WAIT = 30.0  # seconds of a Retry-After above which a control-plane call raises
+BACKOFF_BASE = 1.0  # seconds at most after the first failure, doubled with each further one
 BACKOFF_CAP = 30.0  # seconds
-MAX_IDLE_SECONDS = (
-    50.0  # of a kept connection: below the 60 s after which common load balancers close it
-)
-REPORT_SECONDS = (
-    60.0  # between two log records about drops, so that a storm makes a handful of them
-)
+MAX_IDLE_SECONDS = 50.0  # of a kept connection: common load balancers close it after 60
+REPORT_SECONDS = 60.0  # between two log records about drops: a storm makes a handful of them
 SPOOL_RETRY_SECONDS = 30.0  # between two tries of a spool file that failed
 DEFAULT_API_ENDPOINT = "https://logs.chirrop.com/v1.0/logs"
 DEFAULT_SERVICER_ENDPOINT = "https://api.chirrop.com/v1.0"
@@ -256,8 +249,8 @@ if TYPE_CHECKING:
         destination_id: str
         status: str
 
-    # One attempt, no retries: transport(method, url, body, headers, timeout) -> (status, body, headers).
-    # Any status is returned; a network failure is raised as an OSError.
+    # transport(method, url, body, headers, timeout) -> (status, body, headers)
+    # One attempt, no retries. Any status is returned; a network failure is raised as an OSError.
     Transport = Callable[
         [str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]
     ]
@@ -319,7 +312,7 @@ class ChirrOpRateLimitError(ChirrOpError):
 
 
 class ChirrOpServerError(ChirrOpError):
-    """A failure on the way or in the server that another attempt may mend (408, 502, 504, other 5xx)."""
+    """A failure on the way or in the server that may pass (408, 502, 504, other 5xx)."""
 
 
 class ChirrOpNonRetryableError(ChirrOpError):
@@ -375,7 +368,7 @@ def _show(value: object) -> str:
 
 
 def _without_key(exc: BaseException, key: str) -> BaseException:
-    """Clear the tracebacks of an exception chain, whose frames hold the key; withhold one that quotes it."""
+    """Return `exc` without tracebacks, whose frames hold the key; its stand-in if it quotes it."""
     link: BaseException | None = exc
     quoted, seen = False, set()
     while link is not None and id(link) not in seen:  # a chain may be a circle
@@ -387,27 +380,28 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
         except Exception:  # the application's own exception class
             quoted = True
         link = link.__cause__ or link.__context__
-    return (
-        ConnectionError(f"{type(exc).__name__}, whose text is withheld: it quotes the API key")
-        if quoted
-        else exc
-    )
+    if quoted:
+        return ConnectionError(
+            f"{type(exc).__name__}, whose text is withheld: it quotes the API key"
+        )
+    return exc
 
 
 def _masked(content: bytes, key: str) -> bytes:
-    """Return the beginning of an error's body without the key, however JSON escapes it: some servers echo it."""
+    """Return the beginning of an error's body without the key: some servers echo it, escaped."""
     content = content[:MAX_ERROR_BYTES]
-    if (
-        content.count(b"[") + content.count(b"{") > 1000
-    ):  # deep enough to overflow a small thread's stack
+    # This deep it overflows a small thread's stack.
+    if content.count(b"[") + content.count(b"{") > 1000:
         content = content[:1000]
     if b"\\u" in content:
         try:
             content = json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8", "replace")
         except (ValueError, RecursionError):
             content = content.replace(b"\\u", b"/u")
+    if not key:
+        return content
     quoted = json.dumps(key)[1:-1]
-    for form in (key, quoted, quoted.replace("/", "\\/")) if key else ():
+    for form in (key, quoted, quoted.replace("/", "\\/")):
         content = content.replace(form.encode(), b"***")
     return content
 
@@ -419,8 +413,8 @@ def _masked(content: bytes, key: str) -> bytes:
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _encode_text = _encoder.encode
 try:
-    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of cycles, so
-    # only what holds no containers is given to it.
+    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of
+    # cycles, so only what holds no containers is given to it.
     _pieces: Any = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
         None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
     )
@@ -430,20 +424,22 @@ _LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
-# RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6 (0100) and 2 of byte 8 (10).
+# RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6, which are 0100,
+# and 2 of byte 8, which are 10.
 _RANDOM_BITS = int.from_bytes(bytes.fromhex("ffffffffffff0fff3fffffffffffffff") * _BLOCK, "big")
 _FIXED_BITS = int.from_bytes(bytes.fromhex("00000000000040008000000000000000") * _BLOCK, "big")
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
-_minted = _NOT_MINTED  # (second, process, ISO text, UUIDs not used yet); replaced as a whole, never edited
+# (second, process, ISO text, UUIDs not used yet); replaced as a whole, never edited.
+_minted = _NOT_MINTED
 
 
 def _mint(now: float) -> tuple[str, str]:
     """Return a random UUIDv4 and the ISO 8601 text of `now`.
 
-    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so UUIDs are
-    made in blocks. A block lives for one wall-clock second at most, which keeps a restored snapshot from
-    repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a third to
-    a log's cost.
+    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so
+    UUIDs are made in blocks. A block lives for one wall-clock second at most, which keeps a
+    restored snapshot from repeating ids, and belongs to one process, whether fork hooks run or not.
+    uuid.uuid4 would add a third to a log's cost.
     """
     global _minted
     second, pid = int(now), os.getpid()
@@ -451,9 +447,11 @@ def _mint(now: float) -> tuple[str, str]:
         minted_in, minter, text, block = _minted
         if minted_in == second and minter == pid and block:
             try:
-                return block.pop(), "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031  # half an f-string's cost
+                new_id = block.pop()
             except IndexError:  # another thread took the last one
                 continue
+            # At half an f-string's cost.
+            return new_id, "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031
         if minted_in != second:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         _minted = (second, pid, text, _uuids())
@@ -474,7 +472,9 @@ def _number(value: Any) -> int | float:
     if type(value) is not bool and isinstance(value, numbers.Number):
         number: Any = value
         try:
-            return int(number) if isinstance(value, numbers.Integral) else float(number)
+            if isinstance(value, numbers.Integral):
+                return int(number)
+            return float(number)
         except Exception:  # complex, a signalling NaN, too large, a hostile subclass
             pass
     raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
@@ -507,7 +507,7 @@ def _canonical_id(log_id: object) -> str:
 
 
 def _parse_time(value: object) -> datetime:
-    """Return a datetime, or ISO 8601 text as isoformat, JavaScript and RFC 3339 write it, as aware UTC."""
+    """Return a datetime, or ISO 8601 text of isoformat, JavaScript or RFC 3339, as aware UTC."""
     moment = value
     try:
         if isinstance(value, str):
@@ -546,7 +546,8 @@ def _check_time(value: object, now: float) -> str:
     moment = _parse_time(value)
     if not -MAX_AHEAD_SECONDS <= now - moment.timestamp() <= MAX_AGE_SECONDS:
         raise ChirrOpValidationError(
-            f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {_show(value)}"
+            "occurred_at must lie within the last 30 days and at most 1 day ahead,"
+            f" got {_show(value)}"
         )
     return _iso(moment)
 
@@ -573,8 +574,10 @@ def _encode_meta(meta: object) -> str:
             " put the others into one of them"
         )
     try:
-        flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
-        text = "".join(_pieces(meta, 0)) if flat else _encode_text(meta)
+        if type(meta) is dict and _FLAT.issuperset(map(type, meta.values())):
+            text = "".join(_pieces(meta, 0))
+        else:
+            text = _encode_text(meta)
     except Exception:
         text = _encode_json("meta", meta).decode()  # raises, with the reason
     if len(text) > MAX_META_BYTES // 4:  # a character takes at most 4 bytes
@@ -618,9 +621,11 @@ def _encode_log(
     if occurred_at is not None:
         at = _check_time(occurred_at, now)
     text = f'{{"log_id":"{new_id}","event":{_quote(event)},"value":{value!r},"occurred_at":"{at}"'
-    if agent is not None and (
-        agent := agent.strip() if type(agent) is str else _trimmed("agent", agent)
-    ):
+    if type(agent) is str:
+        agent = agent.strip()
+    elif agent is not None:
+        agent = _trimmed("agent", agent)
+    if agent:
         text += f',"agent":{_quote(agent)}'
     if meta is not None:
         text += f',"meta":{_encode_meta(meta)}'
@@ -637,14 +642,14 @@ class Log:
 
     Args:
         event: flat name, e.g. "tool.errors.count"; trimmed, not empty.
-        value: a finite real number, never a bool; Decimal, Fraction and NumPy scalars count as numbers.
-        agent: who produced it; trimmed, blank means none. `agent` + `event` name an event definition.
-        log_id: UUID (text or uuid.UUID), the idempotency key, the same on every resend; None or blank
-            makes a random one.
-        meta: anything that is strictly JSON-encodable, at most 1,024 bytes encoded; an object has at
-            most 10 top-level keys.
-        occurred_at: datetime (naive is taken as UTC) or ISO 8601 text, within the last 30 days and at
-            most 1 day ahead; None is the moment the log is made.
+        value: a finite real number (Decimal, Fraction and NumPy scalars, too), never a bool.
+        agent: who produced it; trimmed, blank means none. With `event` it names a definition.
+        log_id: UUID (text or uuid.UUID), the idempotency key, the same on every resend; None or
+            blank makes a random one.
+        meta: anything that is strictly JSON-encodable, at most 1,024 bytes encoded; an object has
+            at most 10 top-level keys.
+        occurred_at: datetime (naive is taken as UTC) or ISO 8601 text, within the last 30 days and
+            at most 1 day ahead; None is the moment the log is made.
 
     The arguments can be read back as attributes, in the form in which they are sent.
 
@@ -668,7 +673,7 @@ class Log:
         _set_body(self, _encode_log(time.time(), event, value, agent, log_id, meta, occurred_at))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the log as it is sent, as a new dict; `agent` and `meta` only if they were given."""
+        """Return the log as it is sent, as a new dict; without `agent` and `meta` if not given."""
         log: dict[str, Any] = json.loads(self._body)
         return log
 
@@ -699,7 +704,7 @@ _set_body = Log.__dict__["_body"].__set__  # past __setattr__, at a third of its
 
 
 def _restore_log(body: bytes) -> Log:
-    """Unpickle or copy a Log: its bytes were checked when it was made, and its time may be past by now."""
+    """Unpickle or copy a Log: it was checked when it was made, and may be too old by now."""
     log = Log.__new__(Log)
     _set_body(log, body)
     return log
@@ -725,10 +730,12 @@ class _SecretBytes(bytes):
 
 
 def _hidden(value: Any) -> Any:
-    """Return a key so that it does not show: a traceback with locals may show the frame that holds it."""
+    """Return a key so that it does not show where a traceback with locals shows its frame."""
+    if isinstance(value, str):
+        return _Secret(value)
     if isinstance(value, (bytes, bytearray)):
         return _SecretBytes(value)
-    return _Secret(value) if isinstance(value, str) else value
+    return value
 
 
 def _read_dotenv(name: str, path: str = ".env") -> str | None:
@@ -785,8 +792,10 @@ def _checked_key(api_key: object) -> _Secret:
 
 
 def _checked_endpoint(name: str, value: str | None, variable: str, default: str) -> str:
-    """Return an absolute http(s) URL without user info, query or fragment, and without a final slash."""
-    url = os.environ.get(variable) or default if value is None else value
+    """Return an absolute http(s) URL without user info, query, fragment and final slash."""
+    url = value
+    if url is None:
+        url = os.environ.get(variable) or default
     if url == default:
         return url
     import re
@@ -809,9 +818,11 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
         _, user_info, rest = url.rpartition("@")
         shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
+    if not value:
+        shown += f" from {variable}"
     raise ChirrOpValidationError(
         f"{name} must be an absolute http or https URL without user info, query or fragment,"
-        f" got {shown}{'' if value else f' from {variable}'}"
+        f" got {shown}"
     )
 
 
@@ -824,12 +835,8 @@ def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int
 
 def _seconds(name: str, value: Any, *, zero: bool = True) -> float:
     """Return a duration of at most a day: longer waits overflow in some of the standard library."""
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and 0 <= value <= 86400
-        and (value or zero)
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value <= 86400 and (value or zero):
         return float(value)
     start = "from 0" if zero else "above 0 and"
     raise ChirrOpValidationError(f"{name} must be seconds {start} up to 86400, got {_show(value)}")
@@ -856,7 +863,8 @@ def _checked_level(value: object) -> int:
         import logging
 
         number = logging.getLevelName(value.strip().upper())
-        value = number if isinstance(number, int) else value
+        if isinstance(number, int):
+            value = number
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ChirrOpValidationError(
             f"log_level must be the number or the name of a logging level, got {_show(value)}"
@@ -865,28 +873,29 @@ def _checked_level(value: object) -> int:
 
 
 class Config:
-    """Settings of a client, checked when they are made; no client changes them, so one can serve many.
+    """Settings of a client, checked when they are made; one Config can serve many clients.
 
-    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
+    A pickled one travels without its key; where it is unpickled it takes CHIRROP_API_KEY or ./.env.
 
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
-        servicer_endpoint: base URL of the control plane; else CHIRROP_SERVICER_ENDPOINT, else the service's.
+        servicer_endpoint: the control plane's base URL; else CHIRROP_SERVICER_ENDPOINT, else the
+            service's.
         retries: further attempts for a batch before it counts as exhausted, from 0.
-        timeout: seconds for one attempt, from connecting to the answer's last byte, up to 86,400; also how
-            long `log` waits for room in a bounded queue. Looking up a host name is beyond a program's reach,
-            and a name with several dead addresses may take this long for each.
-        batch_size: queued logs that start a send at once, from 1; a request never carries more than 250.
+        timeout: seconds for one attempt, from connecting to the answer's last byte, up to 86,400;
+            also how long `log` waits for room in a bounded queue. Looking up a host name is beyond
+            a program's reach, and a name with several dead addresses may take this long for each.
+        batch_size: queued logs that start a send at once, from 1; a request carries 250 at most.
         flush_delay: seconds a log may wait for others to share its request.
         queue_size: logs held at most, in flight included; 0 is no limit.
         log_level: level of the logger "chirrop", a number or a name; NOTSET leaves it alone.
         servicer_retries: further attempts of a control-plane call, from 0.
-        on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
-        max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
-        exit_timeout: seconds that all clients together may delay the end of the process, and that a client
-            may delay the end of a Lambda invocation, from 0.
-        transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
+        on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" reports its loss.
+        max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one by one.
+        exit_timeout: seconds that all clients together may delay the end of the process, and that a
+            client may delay the end of a Lambda invocation, from 0.
+        transport: callable that makes one attempt in place of urllib (see the README).
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
@@ -929,14 +938,14 @@ class Config:
         if ssl_context is not None:
             import ssl
 
-            _optional(
-                "ssl_context",
-                ssl_context,
-                "an ssl.SSLContext",
-                isinstance(ssl_context, ssl.SSLContext),
-            )
+            is_context = isinstance(ssl_context, ssl.SSLContext)
+            _optional("ssl_context", ssl_context, "an ssl.SSLContext", is_context)
+        if disabled and not api_key:
+            api_key = _Secret("")
+        else:
+            api_key = _checked_key(api_key)
         self.__dict__.update(
-            api_key=_Secret("") if disabled and not api_key else _checked_key(api_key),
+            api_key=api_key,
             api_endpoint=_checked_endpoint(
                 "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
             ),
@@ -991,7 +1000,8 @@ class Config:
     __delattr__ = __setattr__
 
     def __repr__(self) -> str:
-        return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
+        fields = [f"{name}={_show(value)}" for name, value in self.__dict__.items()]
+        return f"Config({', '.join(fields)})"
 
     def __copy__(self, _: object = None) -> Config:
         return self
@@ -1003,7 +1013,7 @@ class Config:
 
 
 def _restore_config(fields: dict[str, Any]) -> Config:
-    """Return a Config from a pickle: brokers, schedulers and disks keep those, so a key is not in them."""
+    """Return a Config from a pickle, which has no key: brokers, schedulers and disks keep it."""
     try:
         return Config(**fields)
     except ChirrOpValidationError as exc:
@@ -3013,8 +3023,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 
 
 # ---- Transport ------------------------------------------------------------
-# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no retries,
-# from any number of threads. The key travels only in the headers of this section.
+# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no
+# retries, from any number of threads. The key travels only in the headers of this section.
 
 
 class _NeverSent(ConnectionError):
@@ -3024,7 +3034,7 @@ class _NeverSent(ConnectionError):
 
 
 class _TimedSocket(io.RawIOBase):
-    """Read a socket until a deadline for everything: a socket's own time-out starts anew with each byte."""
+    """Read a socket until one deadline: its own time-out would start anew with each byte."""
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock, self._deadline, self.ended = sock, deadline, False
@@ -3041,9 +3051,8 @@ class _TimedSocket(io.RawIOBase):
         now = time.monotonic()
         if now >= self._deadline:
             raise TimeoutError("the answer did not end in time")
-        if (
-            now - self._armed_at > 0.05
-        ):  # setting it gives up the GIL, which a busy application is slow to return
+        # Not each time: to set it gives up the GIL, which a busy application is slow to return.
+        if now - self._armed_at > 0.05:
             self._sock.settimeout(self._deadline - now)
             self._armed_at = now
         count: int | None = self._raw.readinto(buffer)
@@ -3056,7 +3065,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 def _awake_clock() -> float:
-    """Return seconds that go on counting while the machine is suspended, where it has such a clock."""
+    """Return seconds that also count while the machine is suspended, where a clock has them."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.time()
@@ -3065,10 +3074,10 @@ def _awake_clock() -> float:
 class _UrllibTransport:
     """The default transport: urllib.request with connections that are kept and verified TLS.
 
-    urllib closes every connection after one answer; the handler in this opener keeps them in a pool, one
-    for each request that was under way at once. Proxies come from the environment. There is no handler for
-    redirects, files or FTP. A request with the header `Connection: close` gets a connection of its own,
-    never a kept one: its fate must be clear.
+    urllib closes every connection after one answer; the handler in this opener keeps them in a
+    pool, one for each request that was under way at once. Proxies come from the environment. There
+    is no handler for redirects, files or FTP. A request with the header `Connection: close` gets a
+    connection of its own, never a kept one: its fate must be clear.
     """
 
     def __init__(self, ssl_context: Any = None) -> None:
@@ -3096,7 +3105,7 @@ class _UrllibTransport:
         return answer
 
     def _build(self) -> Any:
-        """Make the opener with the first request: urllib and ssl are imported then, not with this module."""
+        """Make the opener with the first request: urllib and ssl are imported no earlier."""
         import urllib.request
 
         transport = self
@@ -3114,9 +3123,8 @@ class _UrllibTransport:
                 opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
                 opener.add_handler(urllib.request.ProxyHandler())
                 opener.add_handler(Handler())
-                opener.add_handler(
-                    urllib.request.UnknownHandler()
-                )  # refuses all but http and https
+                # Refuses all but http and https.
+                opener.add_handler(urllib.request.UnknownHandler())
                 self._opener = opener
         return self._opener
 
@@ -3124,8 +3132,9 @@ class _UrllibTransport:
         """Send on a kept connection if there is one; on a new one if that turns out to be dead."""
         deadline = time.monotonic() + request.timeout
         place = (request.type, request.host, request._tunnel_host or "")
-        own = request.get_header("Connection", "").lower() == "close"
-        connection = None if own else self._checkout(place)
+        connection = None
+        if request.get_header("Connection", "").lower() != "close":
+            connection = self._checkout(place)
         if connection is not None:
             try:
                 return self._talk(connection, request, deadline, place)
@@ -3242,9 +3251,8 @@ class _UrllibTransport:
         except (OSError, http.client.HTTPException, ValueError) as exc:
             if _is_from_handler(exc):
                 raise
-            raise _NeverSent(
-                f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}"
-            ) from exc
+            reason = str(exc) or type(exc).__name__
+            raise _NeverSent(f"cannot connect to {request.host}: {reason}") from exc
         return connection
 
     def _ssl_context(self) -> Any:
@@ -3253,13 +3261,11 @@ class _UrllibTransport:
                 try:
                     import ssl
                 except ImportError as exc:
-                    raise OSError(
-                        f"https needs the ssl module, which this Python lacks: {exc}"
-                    ) from exc
+                    reason = f"https needs the ssl module, which this Python lacks: {exc}"
+                    raise OSError(reason) from exc
                 self._context = ssl.create_default_context()
-                self._context.minimum_version = (
-                    ssl.TLSVersion.TLSv1_2
-                )  # Python 3.9 leaves it to OpenSSL
+                # Python 3.9 leaves it to OpenSSL.
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context.set_alpn_protocols(["http/1.1"])
             return self._context
 
@@ -3279,7 +3285,7 @@ class _UrllibTransport:
         return None
 
     def after_fork(self) -> None:
-        """Close this process's copies of the parent's sockets; the parent's connections stay open."""
+        """Close this process's copies of the parent's sockets; its connections stay open."""
         self._pid, self._lock = os.getpid(), threading.Lock()
         idle, self._idle = self._idle, {}
         busy, self._busy = self._busy, set()
@@ -3298,7 +3304,7 @@ class _UrllibTransport:
 
 
 def _has_input(sock: Any) -> bool:
-    """Tell whether an idle connection has something to read: the server closed it, or never was in step."""
+    """Tell whether an idle connection has input: the server closed it, or was never in step."""
     if getattr(sock, "pending", int)():  # TLS has it already
         return True
     import select
@@ -3323,7 +3329,9 @@ class _Link:
         names = ["logging", "email.utils", "http"]
         if isinstance(self._transport, _UrllibTransport):
             names += ["select", "http.client", "urllib.request", "encodings.idna", "ssl"]
-        for name in names if not config.disabled else ():
+        if config.disabled:
+            names = []
+        for name in names:
             try:
                 importlib.import_module(name)
             except ImportError:  # not every Python has ssl; what needs it says so
@@ -3338,8 +3346,9 @@ class _Link:
         repeatable: bool = True,
         answers: list[Any] | None = None,
     ) -> _Answer:
-        """Return the answer to one request; it is in `answers`, too, before anything can interrupt."""
-        answers = [] if answers is None else answers
+        """Return the answer to one request; `answers` has it before anything can interrupt."""
+        if answers is None:
+            answers = []
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -3396,6 +3405,31 @@ def _path(*segments: str) -> str:
         except UnicodeEncodeError as exc:
             raise ChirrOpValidationError(f"id must be valid Unicode, got {_show(segment)}") from exc
     return "/" + "/".join(encoded)
+
+
+def _checked_path(path: object) -> str:
+    """Return the path of a request without its outer slashes."""
+    if isinstance(path, str):
+        segments = path.strip("/").split("/")
+        is_clean = all("!" <= c <= "~" and c not in "?#\\" for c in path)
+        if is_clean and {"", ".", ".."}.isdisjoint(segments):
+            return path.strip("/")
+    raise ChirrOpValidationError(
+        f"path must be encoded segments without a query, got {_show(path)}"
+    )
+
+
+def _query(parameters: Mapping[str, Any]) -> str:
+    """Return the query of a URL with its question mark; "" if there is nothing to ask."""
+    import urllib.parse
+
+    pairs = []
+    for name, value in parameters.items():
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if value is not None:
+            pairs.append((name, value))
+    return "?" * bool(pairs) + urllib.parse.urlencode(pairs)
 
 
 _POLICY_RULES = {
@@ -3459,10 +3493,11 @@ def _seconds_left(context: Any) -> float:
 class Client:
     """Send logs in the background and make every control-plane call.
 
-    Threads start with the first log, not with the client. As a context manager it is closed at the end.
+    Threads start with the first log, not with the client. A with block closes it at its end.
 
-    Control-plane methods block the calling thread for up to `timeout` seconds per attempt, may be called from
-    any thread, take ids as strings (the service's are UUIDs), return parsed JSON and raise as `request` does.
+    Control-plane methods block and raise as `request` does, which makes their calls; the routes in
+    their docstrings are below `Config.servicer_endpoint`. They may be called from any thread, take
+    ids as strings (the service's are UUIDs) and return parsed JSON.
 
     Args:
         config: a Config; None makes one from the environment.
@@ -3483,8 +3518,10 @@ class Client:
         spool: Any = config.spool
         if config.disabled or spool is None:
             buffer: Any = _Memory()
+        elif isinstance(spool, (str, os.PathLike)):
+            buffer = SqliteSpool(spool)
         else:
-            buffer = SqliteSpool(spool) if isinstance(spool, (str, os.PathLike)) else spool.fresh()
+            buffer = spool.fresh()
         self._outbox = _Outbox(buffer, config)
         self._sender = _Sender(self._outbox, self._link, config)
         buffer.warn = lambda text, note=self._sender.report.note: note("spool", _WARNING, text)
@@ -3514,16 +3551,16 @@ class Client:
         """Queue one log for sending and return at once; the network is never touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
-        finaliser or logging handler. With a spool the log is on disk when this returns. With a bounded
-        queue that is full it waits up to `Config.timeout` seconds for room. After close() the log is
-        dropped and reported.
+        finaliser or logging handler. With a spool the log is on disk when this returns. With a
+        bounded queue that is full it waits up to `Config.timeout` seconds for room. After close()
+        the log is dropped and reported.
 
         Args:
             entry: a Log, and nothing else.
 
         Raises:
             ChirrOpValidationError: `entry` is not a Log.
-            ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
+            ChirrOpQueueFullError: the bounded queue or the spool had no room in time.
         """
         if misplaced or (type(entry) is not Log and not isinstance(entry, Log)):
             raise _no_log(entry, *misplaced)
@@ -3570,15 +3607,16 @@ class Client:
     def flush(self, timeout: float | None = None) -> bool:
         """Send what was queued before this call, now, and wait for it.
 
-        Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those logs was
-        delivered or dropped, or one full cycle of retries has failed, or the time is up. Logs queued
-        meanwhile do not keep it waiting. Any thread. From on_drop, and from a signal handler or finaliser that
-        interrupted the SDK itself, it returns at once. For dropped logs, on_drop may still run when it returns;
-        close() waits for that.
+        Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those
+        logs was delivered or dropped, or one full cycle of retries has failed, or the time is up.
+        Logs queued meanwhile do not keep it waiting. Any thread. From on_drop, and from a signal
+        handler or finaliser that interrupted the SDK itself, it returns at once. For dropped logs,
+        on_drop may still run when it returns; close() waits for that.
 
         Args:
-            timeout: seconds, 0 to 86,400; None waits for the outcome: with the default retries and a dead
-                server a minute or two, more where attempts time out or the server asks for pauses.
+            timeout: seconds, 0 to 86,400; None waits for the outcome: with the default retries and
+                a dead server a minute or two, more where attempts time out or the server asks for
+                pauses.
 
         Returns:
             True only if all of those logs were delivered. What was not stays queued.
@@ -3590,10 +3628,10 @@ class Client:
         return sender.flush(sender.deadline(limit))
 
     def close(self, timeout: float | None = None) -> bool:
-        """Flush, then end the threads and close the connections; further logs are dropped and reported.
+        """Flush, end the threads, close the connections; drop and report what is logged later.
 
-        What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks like flush;
-        from on_drop it does not wait. Calling it again does nothing. Any thread.
+        What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks
+        like flush; from on_drop it does not wait. Calling it again does nothing. Any thread.
 
         Args:
             timeout: seconds for the flush, 0 to 86,400; None waits for the outcome, see flush.
@@ -3614,11 +3652,12 @@ class Client:
     def send_logs(self, entries: Iterable[Log] | Log) -> None:
         """Deliver logs now, in this thread, past the queue and the spool.
 
-        POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated attempts
-        per request; close() cuts the waits short.
+        POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated
+        attempts per request; close() cuts the waits short.
 
         Args:
-            entries: Logs, or one. When a request fails, those before it were delivered and those after it not sent.
+            entries: Logs, or one. When a request fails, the ones before it were delivered and the
+                ones after it not sent.
 
         Raises:
             ChirrOpValidationError: an entry is not a Log; nothing was sent.
@@ -3642,7 +3681,7 @@ class Client:
         return self._here().outbox.stats()
 
     def _here(self) -> _Sender:
-        """Return the sender, which starts anew in a child of a fork that did not run Python's hooks."""
+        """Return the sender, made anew in a child of a fork that did not run Python's hooks."""
         if self._sender.pid != os.getpid():
             _after_fork()
         return self._sender
@@ -3652,10 +3691,10 @@ class Client:
     ) -> _Timer:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
-        `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
-        async functions; each call is measured on its own. Where the beginning and the end are in
-        two places, like the hooks of a web framework, start() and stop() do the same. What cannot
-        be logged is dropped and reported, as by try_log.
+        `meta` gains "result": "success", or "error" when an exception passes through. Decorates
+        plain and async functions; each call is measured on its own. Where the beginning and the end
+        are in two places, like the hooks of a web framework, start() and stop() do the same. What
+        cannot be logged is dropped and reported, as by try_log.
 
             with client.timer("task.duration_ms"): ...
             @client.timer("task.duration_ms", agent="worker")
@@ -3673,12 +3712,13 @@ class Client:
         return _Timer(self, event, agent, meta)
 
     def lambda_handler(self, handler: _F) -> _F:
-        """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
+        """Decorate an AWS Lambda handler: flush before an invocation ends, in its remaining time.
 
-        Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched. A server that does not answer
-        costs an invocation `exit_timeout` seconds at most, and a tenth of that from the second one on,
-        until something gets through; 0.2 s of the remaining time are left for the return itself.
+        Nothing is done when nothing is queued. What cannot be sent in time stays queued for the
+        next invocation. The handler's result and errors pass through untouched. A server that does
+        not answer costs an invocation `exit_timeout` seconds at most, and a tenth of that from the
+        second one on, until something gets through; 0.2 s of the remaining time are left for the
+        return itself.
         """
         import functools
 
@@ -3725,10 +3765,10 @@ class Client:
     ) -> Any:
         """Make one control-plane call; every other method goes through this one.
 
-        Blocks, in this thread, for at most `timeout` seconds per attempt, with up to `servicer_retries`
-        further attempts. Reads, PUTs and alert transitions are repeated after a network failure, 408, 429,
-        502, 504 or another 5xx; any other call only on 429 or when no connection could be made, because
-        what became of it is unknown.
+        Blocks, in this thread, for at most `timeout` seconds per attempt, with up to
+        `servicer_retries` further attempts. Reads, PUTs and alert transitions are repeated after a
+        network failure, 408, 429, 502, 504 or another 5xx; any other call only on 429 or when no
+        connection could be made, because what became of it is unknown.
 
         Args:
             method: e.g. "GET".
@@ -3741,10 +3781,11 @@ class Client:
 
         Raises:
             ChirrOpValidationError: an argument breaks a rule; nothing was sent.
-            ChirrOpBadRequestError, ChirrOpUnauthorizedError, ChirrOpForbiddenError, ChirrOpNotFoundError,
-                ChirrOpInternalServerError, ChirrOpServiceUnavailableError: by status; not repeated.
-            ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed, or one
-                may not be repeated, or the server asks to wait for more than 30 s.
+            ChirrOpBadRequestError, ChirrOpUnauthorizedError, ChirrOpForbiddenError,
+                ChirrOpNotFoundError, ChirrOpInternalServerError, ChirrOpServiceUnavailableError: by
+                status; not repeated.
+            ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed,
+                or one may not be repeated, or the server asks to wait for more than 30 s.
             ChirrOpError: the client is disabled.
         """
         if self.config.disabled and not self.config.api_key:
@@ -3753,22 +3794,7 @@ class Client:
             )
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
-        segments = path.strip("/").split("/") if isinstance(path, str) else [""]
-        clean = all("!" <= c <= "~" and c not in "?#\\" for segment in segments for c in segment)
-        if not clean or not {"", ".", ".."}.isdisjoint(segments):
-            raise ChirrOpValidationError(
-                f"path must be encoded segments without a query, got {_show(path)}"
-            )
-        url = f"{self.config.servicer_endpoint}/{path.strip('/')}"
-        pairs = [
-            (k, str(v).lower() if isinstance(v, bool) else v)
-            for k, v in (query or {}).items()
-            if v is not None
-        ]
-        if pairs:
-            import urllib.parse
-
-            url += "?" + urllib.parse.urlencode(pairs)
+        url = f"{self.config.servicer_endpoint}/{_checked_path(path)}{_query(query or {})}"
         data = None if body is None else _encode_json("body", body)
         method = method.upper()
         repeatable = _is_repeatable(method, path)
@@ -3812,28 +3838,22 @@ class Client:
     # Events, their logs and analytics.
 
     def list_events(self) -> list[Event]:
-        """Return all event definitions.
-
-        GET /v1.0/events
-        """
-        return self.request("GET", "/events")  # type: ignore[no-any-return]
+        """Return all event definitions: GET /v1.0/events."""
+        return self.request("GET", "/events")
 
     def create_event(self, payload: Mapping[str, Any]) -> Event:
-        """Create an event definition and return it; unknown ones are also made by their first log.
+        """Create an event definition and return it; a log of a new event makes one, too.
 
-        POST /v1.0/events; not repeated when the outcome is unknown.
+        POST /v1.0/events
 
         Args:
             payload: Event fields: event, agent, title, description, unit, timezone, public.
         """
-        return self.request("POST", "/events", body=_payload(payload, {}))  # type: ignore[no-any-return]
+        return self.request("POST", "/events", body=_payload(payload, {}))
 
     def get_event(self, event_id: str) -> Event:
-        """Return one event definition.
-
-        GET /v1.0/events/{event_id}
-        """
-        return self.request("GET", _path("events", event_id))  # type: ignore[no-any-return]
+        """Return one event definition: GET /v1.0/events/{event_id}."""
+        return self.request("GET", _path("events", event_id))
 
     def update_event(self, event_id: str, payload: Mapping[str, Any]) -> Event:
         """Change an event definition and return it.
@@ -3844,7 +3864,7 @@ class Client:
             event_id: which one; an id in the payload has no say.
             payload: title, description, unit, timezone, public or agent.
         """
-        return self.request("PUT", _path("events", event_id), body=_payload(payload, {}))  # type: ignore[no-any-return]
+        return self.request("PUT", _path("events", event_id), body=_payload(payload, {}))
 
     def find_event(self, event: str, agent: str | None = None) -> Event | None:
         """Return the definition with this name, or None.
@@ -3853,7 +3873,7 @@ class Client:
 
         Args:
             event: flat name, trimmed.
-            agent: its agent; without one, the definition that has no agent, else the only one of that name.
+            agent: its agent; None: the definition without one, else the only one of that name.
 
         Raises:
             ChirrOpValidationError: no agent was given and several have an event of this name.
@@ -3862,8 +3882,10 @@ class Client:
         wanted = _trimmed("agent", agent) if agent is not None else ""
         same = [found for found in self.list_events() if found.get("event") == name]
         exact = [found for found in same if (found.get("agent") or "") == wanted]
-        if exact or wanted or not same:
-            return exact[0] if exact else None
+        if exact:
+            return exact[0]
+        if wanted or not same:
+            return None
         if len(same) > 1:
             agents = ", ".join(sorted(str(found.get("agent")) for found in same))
             raise ChirrOpValidationError(
@@ -3885,15 +3907,12 @@ class Client:
             offset: rollups to skip, from 0.
         """
         query = {"period": _choice("period", period, _PERIODS), **_page(limit, offset)}
-        return self.request("GET", _path("events", event_id, "logs"), query)  # type: ignore[no-any-return]
+        return self.request("GET", _path("events", event_id, "logs"), query)
 
     def iter_event_logs(
         self, event_id: str, period: Period, page_size: int = 100
     ) -> Iterator[Rollup]:
-        """Yield all of an event's rollups, fetching `page_size` of them at a time; see get_event_logs.
-
-        GET /v1.0/events/{event_id}/logs
-        """
+        """Yield all of an event's rollups, `page_size` to a request; see get_event_logs."""
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
     def get_event_analytics(
@@ -3903,60 +3922,48 @@ class Client:
         period: Window = "1h",
         previous: Previous = "previous_window",
     ) -> Analytics:
-        """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
+        """Return an event's window that ends now, compared with an earlier one.
 
-        GET /v1.0/events/{event_id}/analytics
+        GET /v1.0/events/{event_id}/analytics; `data` is None where neither has logs.
 
         Args:
             event_id: which event.
             view: "window".
             period: "1h", "1d", "7d" or "1m".
-            previous: "previous_window", "previous_1d", "previous_7d" or "previous_1m"; not shorter than the
-                period, and "previous_window" rather than a window of the period's own length.
+            previous: "previous_window", or what is longer than the period of "previous_1d",
+                "previous_7d" and "previous_1m".
         """
-        query = {
-            "view": _choice("view", view, _VIEWS),
-            "period": _choice("period", period, _WINDOWS),
-        }
-        query["previous"] = _choice(
-            f"previous of period {period}", previous, _ANALYTICS_PAIRS[period]
-        )
-        return self.request("GET", _path("events", event_id, "analytics"), query)  # type: ignore[no-any-return]
+        _choice("view", view, _VIEWS)
+        _choice("period", period, _WINDOWS)
+        _choice(f"previous of period {period}", previous, _ANALYTICS_PAIRS[period])
+        query = {"view": view, "period": period, "previous": previous}
+        return self.request("GET", _path("events", event_id, "analytics"), query)
 
     # Policies.
 
     def list_policies(self) -> list[Policy]:
-        """Return all policies.
-
-        GET /v1.0/policies
-        """
-        return self.request("GET", "/policies")  # type: ignore[no-any-return]
+        """Return all policies: GET /v1.0/policies."""
+        return self.request("GET", "/policies")
 
     def create_policy(self, payload: Mapping[str, Any]) -> Policy:
         """Create a policy, a rule that raises alerts, and return it.
 
-        POST /v1.0/policies; not repeated when the outcome is unknown.
+        POST /v1.0/policies
 
         Args:
             payload: Policy fields: event_id, period, aggregate, condition, threshold; and title,
                 description, channel, severity, enabled.
         """
-        return self.request("POST", "/policies", body=_payload(payload, _POLICY_RULES))  # type: ignore[no-any-return]
+        return self.request("POST", "/policies", body=_payload(payload, _POLICY_RULES))
 
     def get_policy(self, policy_id: str) -> Policy:
-        """Return one policy.
-
-        GET /v1.0/policies/{policy_id}
-        """
-        return self.request("GET", _path("policies", policy_id))  # type: ignore[no-any-return]
+        """Return one policy: GET /v1.0/policies/{policy_id}."""
+        return self.request("GET", _path("policies", policy_id))
 
     def update_policy(self, policy_id: str, payload: Mapping[str, Any]) -> Policy:
-        """Change some fields of a policy and return it.
-
-        PUT /v1.0/policies/{policy_id}
-        """
+        """Change a policy and return it: PUT /v1.0/policies/{policy_id}."""
         body = _payload(payload, _POLICY_RULES)
-        return self.request("PUT", _path("policies", policy_id), body=body)  # type: ignore[no-any-return]
+        return self.request("PUT", _path("policies", policy_id), body=body)
 
     # Alerts.
 
@@ -3969,14 +3976,11 @@ class Client:
             status: "triggered", "acknowledged", "resolved" or "archived".
         """
         query = {} if status is None else {"status": _choice("status", status, _ALERT_STATUSES)}
-        return self.request("GET", "/alerts", query)  # type: ignore[no-any-return]
+        return self.request("GET", "/alerts", query)
 
     def get_alert(self, alert_id: str) -> Alert:
-        """Return one alert: the rule that fired, what it saw, and where it stands.
-
-        GET /v1.0/alerts/{alert_id}
-        """
-        return self.request("GET", _path("alerts", alert_id))  # type: ignore[no-any-return]
+        """Return one alert: GET /v1.0/alerts/{alert_id}."""
+        return self.request("GET", _path("alerts", alert_id))
 
     def get_alert_deliveries(
         self,
@@ -3998,82 +4002,61 @@ class Client:
         """
         query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
         query.update(_page(limit, offset))
-        return self.request("GET", _path("alerts", alert_id, "deliveries"), query)  # type: ignore[no-any-return]
+        return self.request("GET", _path("alerts", alert_id, "deliveries"), query)
 
     def iter_alert_deliveries(
         self, alert_id: str, kind: DeliveryKind | None = None, page_size: int = 100
     ) -> Iterator[Delivery]:
-        """Yield all deliveries of an alert, fetching `page_size` at a time; see get_alert_deliveries.
-
-        GET /v1.0/alerts/{alert_id}/deliveries
-        """
+        """Yield all deliveries of an alert, `page_size` to a request; see get_alert_deliveries."""
         return _pages(
             lambda offset: self.get_alert_deliveries(alert_id, page_size, offset, kind=kind)
         )
 
     def acknowledge_alert(self, alert_id: str) -> Alert:
-        """Mark an alert as seen and return it.
-
-        POST /v1.0/alerts/{alert_id}/acknowledge
-        """
-        return self.request("POST", _path("alerts", alert_id, "acknowledge"))  # type: ignore[no-any-return]
+        """Mark an alert as seen and return it: POST /v1.0/alerts/{alert_id}/acknowledge."""
+        return self.request("POST", _path("alerts", alert_id, "acknowledge"))
 
     def resolve_alert(self, alert_id: str) -> Alert:
-        """Mark an alert as dealt with and return it.
-
-        POST /v1.0/alerts/{alert_id}/resolve
-        """
-        return self.request("POST", _path("alerts", alert_id, "resolve"))  # type: ignore[no-any-return]
+        """Mark an alert as dealt with and return it: POST /v1.0/alerts/{alert_id}/resolve."""
+        return self.request("POST", _path("alerts", alert_id, "resolve"))
 
     def archive_alert(self, alert_id: str) -> Alert:
-        """Put an alert away and return it.
-
-        POST /v1.0/alerts/{alert_id}/archive
-        """
-        return self.request("POST", _path("alerts", alert_id, "archive"))  # type: ignore[no-any-return]
+        """Put an alert away and return it: POST /v1.0/alerts/{alert_id}/archive."""
+        return self.request("POST", _path("alerts", alert_id, "archive"))
 
     # Destinations.
 
     def list_destinations(self) -> list[Destination]:
-        """Return all destinations.
-
-        GET /v1.0/destinations
-        """
-        return self.request("GET", "/destinations")  # type: ignore[no-any-return]
+        """Return all destinations: GET /v1.0/destinations."""
+        return self.request("GET", "/destinations")
 
     def create_destination(self, payload: Mapping[str, Any]) -> Destination:
         """Create a destination, a place that alerts are delivered to, and return it.
 
-        POST /v1.0/destinations; not repeated when the outcome is unknown.
+        POST /v1.0/destinations
 
         Args:
-            payload: Destination fields: channel ("slack", "discord", "telegram", "email", "webhook"), and
-                url, credentials, scope, policy_ids, enabled as the channel needs them.
+            payload: Destination fields: channel ("slack", "discord", "telegram", "email" or
+                "webhook"); and url, credentials, scope, policy_ids, enabled, as the channel needs.
         """
         body = _payload(payload, _DESTINATION_RULES)
-        return self.request("POST", "/destinations", body=body)  # type: ignore[no-any-return]
+        return self.request("POST", "/destinations", body=body)
 
     def get_destination(self, destination_id: str) -> Destination:
-        """Return one destination.
-
-        GET /v1.0/destinations/{destination_id}
-        """
-        return self.request("GET", _path("destinations", destination_id))  # type: ignore[no-any-return]
+        """Return one destination: GET /v1.0/destinations/{destination_id}."""
+        return self.request("GET", _path("destinations", destination_id))
 
     def update_destination(self, destination_id: str, payload: Mapping[str, Any]) -> Destination:
-        """Change some fields of a destination and return it.
-
-        PUT /v1.0/destinations/{destination_id}
-        """
+        """Change a destination and return it: PUT /v1.0/destinations/{destination_id}."""
         body = _payload(payload, _DESTINATION_RULES)
-        return self.request("PUT", _path("destinations", destination_id), body=body)  # type: ignore[no-any-return]
+        return self.request("PUT", _path("destinations", destination_id), body=body)
 
     def test_destination(self, destination_id: str) -> TestResult:
-        """Send a test alert and return its alert_id, destination_id and status; {} from some deployments.
+        """Send a test alert and return its ids and status; {} from some deployments.
 
-        POST /v1.0/destinations/{destination_id}/test; not repeated when the outcome is unknown.
+        POST /v1.0/destinations/{destination_id}/test
         """
-        return self.request("POST", _path("destinations", destination_id, "test"))  # type: ignore[no-any-return]
+        return self.request("POST", _path("destinations", destination_id, "test"))
 
 
 def _page(limit: int | None, offset: int | None) -> dict[str, int]:
@@ -4157,7 +4140,7 @@ class _Timer:
 def new_client(
     config: Config | None = None, *, api_key: str | None = None, **fields: Any
 ) -> Client:
-    """Return a Client from a Config, or from the fields of one: new_client(api_key="chp_...", retries=3).
+    """Return a Client from a Config or its fields: new_client(api_key="chp_...", retries=3).
 
     Raises:
         ChirrOpValidationError: a field is wrong or unknown, or both a config and fields were given.
@@ -4183,9 +4166,8 @@ def new_client(
 class ChirrOp:
     """The global client: initialize it once, log from anywhere, stop it at the end."""
 
-    _slot: dict[
-        str, Client
-    ] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
+    # Empty or {"client": ...}: a dict's setdefault and pop are atomic.
+    _slot: dict[str, Client] = {}
 
     @classmethod
     def initialize(
@@ -4198,10 +4180,11 @@ class ChirrOp:
             ChirrOpValidationError: there is no valid configuration.
         """
         config, api_key = _hidden(config), _hidden(api_key)
-        client = None if cls._slot else new_client(config, api_key=api_key, **fields)
-        if client is None or cls._slot.setdefault("client", client) is not client:
-            raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
-        return client
+        if not cls._slot:
+            client = new_client(config, api_key=api_key, **fields)
+            if cls._slot.setdefault("client", client) is client:
+                return client
+        raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
 
     @classmethod
     def _get(cls) -> Client:
@@ -4224,17 +4207,15 @@ class ChirrOp:
 
     @classmethod
     def stop(cls, timeout: float | None = None) -> bool:
-        """Close the global client, see Client.close; True when there is none. It may be initialized anew."""
+        """Close the global client and return what Client.close does; True if there is none."""
         client = cls._slot.pop("client", None)
-        return client.close(timeout) if client is not None else True
+        if client is None:
+            return True
+        return client.close(timeout)
 
 
-initialize, log_event, flush, stop = (
-    ChirrOp.initialize,
-    ChirrOp.log_event,
-    ChirrOp.flush,
-    ChirrOp.stop,
-)
+initialize, log_event = ChirrOp.initialize, ChirrOp.log_event
+flush, stop = ChirrOp.flush, ChirrOp.stop
 
 
 # ---- Sandbox --------------------------------------------------------------
@@ -5093,8 +5074,9 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> 
 
 
 # ---- Command line ---------------------------------------------------------
-# In: arguments, standard input, CHIRROP_* and ./.env. Out: results on standard output, all else on standard
-# error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
+# In: arguments, standard input, CHIRROP_* and ./.env. Out: results on standard output, all else on
+# standard error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing
+# runs nothing of it.
 
 _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
 _QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
