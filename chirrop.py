@@ -4376,7 +4376,9 @@ def _sandbox_time(text: str) -> datetime:
             microsecond=int(f"{(fraction or '.')[1:]:0<6.6}"), tzinfo=timezone.utc
         )
         ahead = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
-        return at + ahead if sign == "-" else at - ahead
+        if sign == "-":
+            return at + ahead
+        return at - ahead
     except (ValueError, OverflowError) as exc:
         text = f"occurred_at must be an ISO 8601 date and time, got {text!r:.80}"
         raise _SandboxRefusal(text, 400) from exc
@@ -4392,8 +4394,9 @@ def _sandbox_log(fields: Any, now: datetime) -> _Row:
     _sandbox_need(event, "event is required")
     _sandbox_need("value" in given, "value is required")
     _sandbox_need(_sandbox_fits(given["value"], float), "value must be a finite number")
-    time_given = given.get("occurred_at", _SANDBOX_NEVER)
-    at = now if time_given == _SANDBOX_NEVER else _sandbox_time(time_given)
+    at, time_given = now, given.get("occurred_at", _SANDBOX_NEVER)
+    if time_given != _SANDBOX_NEVER:
+        at = _sandbox_time(time_given)
     text = f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {time_given}"
     _sandbox_need(now - timedelta(days=30) <= at <= now + timedelta(days=1), text)
     log_id = _sandbox_id("log_id", log_id) if log_id else _sandbox_new_id()
@@ -4472,7 +4475,9 @@ def _sandbox_start(at: datetime, period: str, zone: Any) -> datetime:
     at = at.replace(second=0, microsecond=0)
     if period == "day":
         return at.astimezone(zone).replace(hour=0, minute=0, fold=0).astimezone(timezone.utc)
-    return at if period == "minute" else at.replace(minute=0)
+    if period == "hour":
+        return at.replace(minute=0)
+    return at
 
 
 def _sandbox_finite(number: float) -> float:
@@ -4515,7 +4520,9 @@ def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
         before = data[f"previous_{name}"]
         delta = _sandbox_finite(data[f"current_{name}"] - before)
         data[f"{name}_delta"] = delta
-        data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100) if before else 0
+        data[f"{name}_pct_change"] = 0
+        if before:
+            data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100)
     return data
 
 
@@ -4606,24 +4613,25 @@ class Sandbox:
             status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
-            answer = _sandbox_answer(status, b"" if body is None else body)
-            if body is None and status >= 400:
+            if body is not None:
+                answer = _sandbox_answer(status, body)
+            elif status >= 400:
                 answer = _sandbox_error(f"scripted {status}", status)
+            else:
+                answer = _sandbox_answer(status, b"")
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
-        left = math.inf if times is None else times
+        fault = {
+            "times": math.inf if times is None else times,
+            "answer": answer,
+            "drop": drop,
+            "delay": delay,
+            "method": method,
+            "path": path or "",
+        }
         with self._lock:
-            self._faults.append(
-                {
-                    "times": left,
-                    "answer": answer,
-                    "drop": drop,
-                    "delay": delay,
-                    "method": method,
-                    "path": path or "",
-                }
-            )
+            self._faults.append(fault)
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
         """Answer 400 to each request that holds a log for which `predicate` is true."""
@@ -4647,7 +4655,9 @@ class Sandbox:
             raise ConnectionResetError("connection dropped, as scripted")
         with self._lock:
             request["status"] = status
-        return status, b"" if method == "HEAD" else content, dict(extra)
+        if method == "HEAD":
+            content = b""
+        return status, content, dict(extra)
 
     def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
         """Record a request; return the record, what is wrong with its body, its fault."""
@@ -4691,8 +4701,8 @@ class Sandbox:
         from urllib.parse import unquote
 
         path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
-        shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
-        methods = self._ROUTES.get(shape, {})
+        shape = path[:1] + ["*"] * (len(path) > 1) + path[2:]
+        methods = self._ROUTES.get("/".join(shape), {})
         method = "GET" if request["method"] == "HEAD" else request["method"]
         _sandbox_need(methods, "no such route", 404)
         _sandbox_need(method in methods, "method not allowed", 405)
@@ -4810,7 +4820,10 @@ class Sandbox:
     def _save(self, path: list[str], query: _Row, body: Any) -> _Row:
         """Create or change a resource; a refusal leaves everything as it was."""
         id_name = _SANDBOX_IDS[path[0]]
-        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_new_id()}
+        if len(path) > 1:
+            record = self._find(path)
+        else:
+            record = {id_name: _sandbox_new_id()}
         fields = _sandbox_fields(path[0], body, record)
         self._COMPLETE[path[0]](self, fields, record)
         record.update(fields)
@@ -4836,9 +4849,11 @@ class Sandbox:
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
         channel, url, credentials = fields["channel"], fields["url"], fields["credentials"] or {}
+        given = {**credentials, "url": url}
         for name in _SANDBOX_NEEDS.get(channel, ("url",)):
-            given = url if name == "url" else credentials.get(name)
-            _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
+            _sandbox_need(
+                str(given.get(name) or "").strip(), f"a {channel} destination needs {name}"
+            )
         scheme, _, rest = url.partition("://")
         valid = not url or (scheme in ("http", "https") and rest.partition("/")[0])
         if channel == "email":
@@ -5110,17 +5125,16 @@ def _columns() -> int:
 
 def _plain(value: object) -> str:
     """Return text without the control characters with which a server could steer a terminal."""
-    text = "" if value is None else str(value)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if value is None:
+        return ""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _width(text: str) -> int:
     import unicodedata
 
-    return sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in text
-    )
+    own = [c for c in text if not unicodedata.combining(c)]
+    return len(own) + sum(unicodedata.east_asian_width(c) in "WF" for c in own)
 
 
 def _fit(text: str, width: int) -> str:
@@ -5140,9 +5154,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
     text, room = _plain(text), _columns() - indent
     if not stream.isatty():
         return text
-    return ("\n" + " " * indent).join(
-        textwrap.wrap(text, room if _width(text) == len(text) else room // 2)
-    )
+    if _width(text) != len(text):
+        room //= 2
+    return ("\n" + " " * indent).join(textwrap.wrap(text, room))
 
 
 def _figure(value: Any) -> str:
@@ -5151,15 +5165,17 @@ def _figure(value: Any) -> str:
         return _plain(value)
     if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+    if value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.2f}"
 
 
 def _paint(text: str, code: int) -> str:
     """Return text in a colour, where standard output shows colours."""
-    plain = (
-        os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
-    )
-    return text if plain or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if unwanted or sys.platform == "win32" or not sys.stdout.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
 
 
 def _say(text: object) -> None:
@@ -5196,8 +5212,11 @@ class _Progress:
             while sys.stderr.isatty():
                 stats, failing = self._client.stats(), self._client._outbox.state.failures
                 text = f"{stats.delivered:,} delivered, {stats.queued + stats.in_flight:,} waiting"
-                text += f", {sum(stats.dropped.values()):,} dropped" if stats.dropped else ""
-                _status(text + (f", retrying: {_plain(stats.last_error)}" if failing else ""))
+                if stats.dropped:
+                    text += f", {sum(stats.dropped.values()):,} dropped"
+                if failing:
+                    text += f", retrying: {_plain(stats.last_error)}"
+                _status(text)
                 if self._end.wait(0.1):
                     return _status("")
         except OSError:  # the terminal is gone
@@ -5214,18 +5233,15 @@ def _result(args: Any, value: object, show: Callable[[], object]) -> int:
 
 
 def _table(heads: tuple[str, ...], items: list[Any]) -> None:
-    """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
+    """Print a line for each item, or a block where the terminal is too narrow; ids come first."""
     rows = [[_figure(item.get(head)) for head in heads] for item in items]
     widths = [max(map(_width, column)) for column in zip(heads, *rows)]
     if not rows:
         _say("there are none")
     elif sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > _columns():
         for row in rows:
-            block = [
-                row[0],
-                *(f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell),
-            ]
-            print("\n".join(_fit(line, _columns()).rstrip() for line in block))
+            others = [f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell]
+            print("\n".join(_fit(line, _columns()).rstrip() for line in (row[0], *others)))
     else:
         for cells in ([head.upper() for head in heads], *rows):
             print("  ".join(map(_fit, cells, widths)).rstrip())
@@ -5233,8 +5249,9 @@ def _table(heads: tuple[str, ...], items: list[Any]) -> None:
 
 def _headline(event: Event, what: str) -> None:
     name = " ".join(filter(None, (event.get("agent"), event.get("event"))))
-    unit = f" ({event['unit']})" if event.get("unit") else ""
-    print(_wrap(f"{name}{unit}: {what}", sys.stdout))
+    if event.get("unit"):
+        name += f" ({event['unit']})"
+    print(_wrap(f"{name}: {what}", sys.stdout))
 
 
 def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
@@ -5259,14 +5276,14 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
 def _show_analytics(event: Event, answer: Analytics) -> None:
     data: Any = answer.get("data")
     _headline(event, f"last {answer.get('period')} and {answer.get('previous')}")
-    print(
-        f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}"
-        if data
-        else "no logs in either window"
-    )
-    for name in ("value", "count", "mean", "stddev") if data else ():
-        change = data.get(f"{name}_pct_change")
-        percent = f"{change:+,.1f}%" if change is not None and data.get(f"previous_{name}") else ""
+    if not data:
+        print("no logs in either window")
+        return
+    print(f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}")
+    for name in ("value", "count", "mean", "stddev"):
+        change, percent = data.get(f"{name}_pct_change"), ""
+        if change is not None and data.get(f"previous_{name}"):
+            percent = f"{change:+,.1f}%"
         now, before = _figure(data.get(f"current_{name}")), _figure(data.get(f"previous_{name}"))
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
@@ -5276,7 +5293,9 @@ _scan_json = json.JSONDecoder().raw_decode  # json.loads takes three times as lo
 
 def _parsed(name: str, text: str | bytes) -> Any:
     try:
-        text = (text.decode() if isinstance(text, bytes) else text).strip("\ufeff \t\r\n")
+        if isinstance(text, bytes):
+            text = text.decode()
+        text = text.strip("\ufeff \t\r\n")
         value, end = _scan_json(text)
         if end == len(text):
             return value
@@ -5296,11 +5315,12 @@ def _event_named(client: Client, args: Any) -> Event:
         name = args.event.strip()
         agents = {e.get("agent") or "" for e in client.list_events() if e.get("event") == name}
         having = ", ".join(sorted(agent or "no agent at all" for agent in agents))
-        raise ChirrOpNotFoundError(
-            f"there is no event {_show(name)} for agent {_show(args.agent)}, but for {having}"
-            if agents
-            else f"there is no event {_show(name)}; `chirrop events` lists them"
-        )
+        text = f"there is no event {_show(name)}"
+        if agents:
+            text += f" for agent {_show(args.agent)}, but for {having}"
+        else:
+            text += "; `chirrop events` lists them"
+        raise ChirrOpNotFoundError(text)
     return event
 
 
@@ -5322,7 +5342,8 @@ def _cmd_rollups(args: Any) -> int:
             rollups = [*client.iter_event_logs(event["event_id"], args.period)]
     # A bucket that begins between two pages moves the others on, so that one may come twice.
     rollups = sorted({_bucket(r): r for r in rollups}.values(), key=_bucket, reverse=True)
-    rollups = rollups if args.all else rollups[:limit]
+    if not args.all:
+        rollups = rollups[:limit]
     return _result(args, rollups, lambda: _show_rollups(event, args.period, rollups))
 
 
@@ -5348,19 +5369,24 @@ def _cmd_alerts(args: Any) -> int:
             "resolve": client.resolve_alert,
             "archive": client.archive_alert,
         }
-        answer: Any = (
-            moves[args.action](args.id) if args.action else client.list_alerts(args.status)
-        )
+        if args.action:
+            answer: Any = moves[args.action](args.id)
+            alerts = [answer]
+        else:
+            answer = alerts = client.list_alerts(args.status)
     heads = ("alert_id", "status", "severity", "agent", "event", "value", "triggered_at", "title")
-    return _result(args, answer, lambda: _table(heads, [answer] if args.action else answer))
+    return _result(args, answer, lambda: _table(heads, alerts))
 
 
 def _cmd_api(args: Any) -> int:
     import urllib.parse
 
     path, _, query = args.path.partition("?")
-    text = sys.stdin.buffer.read() if args.data == "-" else args.data
-    body = None if text is None else _parsed("--data", text)
+    body = args.data
+    if body == "-":
+        body = sys.stdin.buffer.read()
+    if body is not None:
+        body = _parsed("--data", body)
     with new_client() as client:
         base = urllib.parse.urlsplit(client.config.servicer_endpoint).path
         if base and path.startswith(base + "/"):  # written as in the documentation: /v1.0/events
@@ -5386,9 +5412,8 @@ def _cmd_log(args: Any) -> int:
         client.send_logs([entry])
         delivered = client.stats().delivered
     word = "delivered" if delivered else "discarded, since CHIRROP_DISABLED is set:"
-    return _result(
-        args, {"delivered": delivered, "log": entry.to_dict()}, lambda: print(word, entry.log_id)
-    )
+    account = {"delivered": delivered, "log": entry.to_dict()}
+    return _result(args, account, lambda: print(word, entry.log_id))
 
 
 def _log_lines(args: Any) -> int:
@@ -5424,7 +5449,7 @@ def _log_lines(args: Any) -> int:
     _result(args, account, lambda: print(words))
     if lost:
         _say(f"the last failure: {stats.last_error}")
-    return 1 if wrong or lost or client.config.disabled else 0
+    return int(bool(wrong or lost or client.config.disabled))
 
 
 def _count_bad(bad: dict[str, int], number: int, text: str) -> None:
@@ -5464,9 +5489,11 @@ def _derived_id(fields: dict[str, Any], names: list[str]) -> str:
 
     parts = [fields.get("agent"), fields.get("event")]
     for name in names:
-        inner = name.startswith("meta.")
-        holder = fields.get("meta") if inner else fields
-        part = holder.get(name[5 * inner :]) if isinstance(holder, dict) else None
+        holder: Any = fields
+        key = name
+        if name.startswith("meta."):
+            holder, key = fields.get("meta"), name[5:]
+        part = holder.get(key) if isinstance(holder, dict) else None
         if part is None:
             raise ChirrOpValidationError(f"the line has no {name}, from which its log_id is made")
         parts.append(part)
@@ -5506,7 +5533,7 @@ def _cmd_drain(args: Any) -> int:
     _result(args, account, lambda: print("\n".join(words)))
     if stats.last_error and not clean:
         _say(f"the last failure: {stats.last_error}")
-    return 0 if clean else 1
+    return int(not clean)
 
 
 def _cmd_doctor(args: Any) -> int:
@@ -5517,7 +5544,7 @@ def _cmd_doctor(args: Any) -> int:
             mark = _paint("ok  ", 32) if good else _paint("FAIL", 31)
             print(mark, f"{check:6}", _wrap(text, sys.stdout, 12), flush=True)
     _result(args, found, lambda: None)
-    return 0 if all(entry["ok"] for entry in found) else 1
+    return int(not all(entry["ok"] for entry in found))
 
 
 # For the first of these classes in a failure's chain; {} is the variable that is at fault.
@@ -5535,7 +5562,7 @@ _CURES = {
 
 
 def _diagnose() -> Iterator[tuple[str, bool, str]]:
-    """Yield each check, whether all is well, and what was found, with what to do about it. Sends no log."""
+    """Yield each check, whether all is well, what was found and what to do. Sends no log."""
     key = ""
     try:
         key = _checked_key(None)
@@ -5585,8 +5612,11 @@ def _diagnose_endpoint(
     if status == 407:
         variable = fault
     good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
-    trusted = ", certificate trusted" if url.startswith("https") else ""
-    yield name, good, f"reached{trusted}{text}" if good else text
+    if good and url.startswith("https"):
+        text = f", certificate trusted{text}"
+    if good:
+        text = f"reached{text}"
+    yield name, good, text
     if name == "api":
         yield from _diagnose_clock(fields.get("Date", ""))
 
@@ -5611,8 +5641,9 @@ def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[b
     fine = 200 <= status < 300
     error = "" if fine else str(answer.error())
     if status in (401, 403):
-        wrong = f"{error}. The key is wrong, revoked, or of another workspace."
-        return (False, wrong) if has_key else (True, "")
+        if not has_key:
+            return True, ""
+        return False, f"{error}. The key is wrong, revoked, or of another workspace."
     if name == "api" and fine and start == b"[":
         return True, ", key accepted" if has_key else ""
     if name == "logs" and (status in (400, 422) or (fine and start != b"<")):
@@ -5629,10 +5660,12 @@ def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
     moment = email.utils.parsedate_tz(date)
     if moment is not None:
         ahead = time.time() - email.utils.mktime_tz(moment)
-        words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
+        side = "ahead of" if ahead > 0 else "behind"
+        words = f"{abs(ahead):,.0f} s {side} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        cure = ". Correct this computer's: logs take their time from it."
-        yield "clock", good, words if good else words + cure
+        if not good:
+            words += ". Correct this computer's: logs take their time from it."
+        yield "clock", good, words
 
 
 def _cmd_sandbox(args: Any) -> int:
@@ -5644,7 +5677,8 @@ def _cmd_sandbox(args: Any) -> int:
         raise ChirrOpError(f"{text}; `--port 0` takes a free one") from exc
     with server:
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)  # noqa: S104
-        name = f"[{name}]" if ":" in name else name
+        if ":" in name:
+            name = f"[{name}]"
         base = f"http://{name}:{server.server_address[1]}/v1.0"
         variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
         _result(
@@ -5675,13 +5709,13 @@ def _demo_logs() -> Iterator[Log]:
         at = now - timedelta(hours=6 * (1 - rng.random() ** 0.5))
         value = round(size * rng.lognormvariate(0, 0.5), 2)
         meta = {"region": rng.choice(("eu", "us")), "release": "2.4.1"}
-        yield Log(
-            "poison.log" if number == 2600 else event, value, agent, meta=meta, occurred_at=at
-        )
+        if number == 2600:
+            event = "poison.log"
+        yield Log(event, value, agent, meta=meta, occurred_at=at)
 
 
 def _cmd_demo(args: Any) -> int:
-    """Send logs through a real client into a sandbox that misbehaves, and tell what became of them."""
+    """Send logs through a client into a sandbox that misbehaves; tell what became of them."""
     sandbox, logs = Sandbox(), list(_demo_logs())
     sandbox.reject(lambda log: log["event"] == "poison.log")
     lost: list[str] = []
@@ -5706,17 +5740,12 @@ def _cmd_demo(args: Any) -> int:
         event: Any = client.find_event("http.request.duration_ms", agent="checkout")
         rollups = client.get_event_logs(event["event_id"], "hour")
         answer = client.get_event_analytics(event["event_id"], "window", "1h", "previous_window")
-    stats, statuses = (
-        client.stats(),
-        [request["status"] or "no answer" for request in sandbox.requests],
-    )
-    failures = {
-        str(status): statuses.count(status) for status in dict.fromkeys(statuses) if status != 200
-    }
-    balanced = (
-        stats.accepted == len(logs) == stats.delivered + len(lost)
-        and len(sandbox.logs) == stats.delivered
-    )
+    stats = client.stats()
+    statuses = [str(request["status"] or "no answer") for request in sandbox.requests]
+    kinds = dict.fromkeys(statuses)
+    failures = {status: statuses.count(status) for status in kinds if status != "200"}
+    balanced = stats.accepted == len(logs) == stats.delivered + len(lost)
+    balanced = balanced and len(sandbox.logs) == stats.delivered
 
     def show() -> None:
         _show_rollups(event, "hour", rollups)
@@ -5724,12 +5753,8 @@ def _cmd_demo(args: Any) -> int:
         _show_analytics(event, answer)
         failed = ", ".join(f"{count} x {status}" for status, count in failures.items())
         print("\n" + _wrap(f"{len(statuses)} requests, of which failed: {failed}", sys.stdout))
-        print(
-            _wrap(
-                f"accepted {stats.accepted:,} = delivered {stats.delivered:,} + dropped {len(lost)}",
-                sys.stdout,
-            )
-        )
+        parts = f"delivered {stats.delivered:,} + dropped {len(lost)}"
+        print(_wrap(f"accepted {stats.accepted:,} = {parts}", sys.stdout))
         for text in lost:
             print(_wrap(f"dropped {text}", sys.stdout, 2))
 
@@ -5744,7 +5769,7 @@ def _cmd_demo(args: Any) -> int:
         {**account, "failures": failures, "event": event, "rollups": rollups, "analytics": answer},
         show,
     )
-    return 0 if balanced else 1
+    return int(not balanced)
 
 
 def _arguments(argv: list[str] | None) -> Any:
@@ -5762,7 +5787,8 @@ def _arguments(argv: list[str] | None) -> Any:
         (_cmd_log, "send one log, or JSON Lines from standard input", [
             ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
-            ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
+            ("--meta", {"metavar": "JSON"}),
+            ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
             ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
             ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of"
              " agent, event and these (meta.KEY: of meta): lines sent twice count once"})]),
@@ -5778,7 +5804,8 @@ def _arguments(argv: list[str] | None) -> Any:
             ("action", {"choices": ("ack", "resolve", "archive"), "nargs": "?"}),
             ("id", {"metavar": "ID", "nargs": "?"}), ("--status", {"choices": _ALERT_STATUSES})]),
         (_cmd_api, "make any call of the control plane", [
-            ("method", {"metavar": "METHOD"}), ("path", {"metavar": "PATH", "help": "e.g. /alerts?status=triggered"}),
+            ("method", {"metavar": "METHOD"}),
+            ("path", {"metavar": "PATH", "help": "e.g. /alerts?status=triggered"}),
             ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
         (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
         (_cmd_doctor, "find out why nothing arrives; sends no log", []),
@@ -5800,7 +5827,9 @@ def _arguments(argv: list[str] | None) -> Any:
     leading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     leading.add_argument("--json", action="store_true")
     leading.add_argument("--agent", nargs="?")
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
     _, rest = leading.parse_known_args(words)
     if not rest or rest[0] not in parsers:
         return parser.parse_args(rest)  # help, the version or an error
@@ -5809,7 +5838,10 @@ def _arguments(argv: list[str] | None) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit status: 0, 1 (failed or interrupted) or 2 (usage, configuration)."""
+    """Run one command and return its exit status.
+
+    0: done; 1: failed or interrupted; 2: an error of usage or of the configuration.
+    """
     import logging
 
     for name in ("stdout", "stderr"):
@@ -5830,15 +5862,14 @@ def main(argv: list[str] | None = None) -> int:
         status = 1
     except BrokenPipeError:  # the reader has seen enough
         status = 0
+    except ChirrOpValidationError as exc:
+        _say(exc)
+        status = 2
     except (ChirrOpError, OSError) as exc:
         _say(exc)
-        status = 2 if isinstance(exc, ChirrOpValidationError) else 1
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-    ) as exc:  # JSON of a shape that no ChirrOp sends
+        status = 1
+    # JSON of a shape that no ChirrOp sends.
+    except (TypeError, AttributeError, KeyError, ValueError) as exc:
         _say(f"the answer makes no sense: {type(exc).__name__}: {exc}")
         status = 1
     logger.removeHandler(handler)
