@@ -13,19 +13,35 @@ At any moment every accepted log is delivered, dropped (reported, with its reaso
 
 Outside itself this file touches, each in the one place named:
     network   _UrllibTransport; Sandbox server and `doctor` when they are asked for
-    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
-              the command line's progress line, and the sandbox's server when it runs
+    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes
+              log records; the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
     environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
               proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
-    exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
+    exit      one atexit hook, and hooks around fork; both are installed by the import and act on
+              open clients
     logging   the logger "chirrop", to which no handler is added
 
-Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
-outbox, sender, transport, Client, global API, Sandbox, command line. Search for "# ---- ".
+Undocumented names of the standard library, for a port to look at:
+    json.encoder c_make_encoder and encode_basestring: a log at half the cost. Where the first is
+              missing, the public encoder does the same
+    RLock._is_owned and sys._getframe: whether a signal handler or finaliser that calls a client
+              has interrupted this very file
+    multiprocessing.util.Finalize: its children end past every exit hook
+    urllib    Request._tunnel_host and unredirected_hdrs, AbstractHTTPHandler.do_request_: urllib
+              chooses the proxy and the headers, but closes each connection after one answer
+    http.client response_class of a connection; begin, length, will_close and fp.raw of a response:
+              it has no deadline for a whole answer, and does not see all that are cut short
 
-To vendor: copy this file anywhere in your package. To update: replace it with a newer one and compare
-__version__. Licence: MIT, the text is at the end of the file.
+Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry
+policy, outbox, sender, transport, Client, global API; then the cut line; then Sandbox and command
+line, for trying and testing, which nothing above them needs. Search for "# ---- ". The SDK only,
+complete and with its licence:
+
+    mkdir -p cut && sed '/^# ---- Sandbox/,/^# ---- Licence/d' chirrop.py > cut/chirrop.py
+
+To vendor: copy this file, or the cut one, anywhere in your package. To update: replace it with a
+newer one and compare __version__. Licence: MIT, the text is at the end of the file.
 """
 
 from __future__ import annotations
@@ -36,7 +52,6 @@ import io
 import json
 import math
 import os
-import signal
 import stat
 import struct
 import sys
@@ -44,18 +59,19 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from itertools import repeat
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Sandbox", "Stats",
+    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Stats",
     "new_client", "initialize", "log_event", "flush", "stop",
     "ChirrOpError", "ChirrOpValidationError", "ChirrOpQueueFullError", "ChirrOpTransportError",
-    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError", "ChirrOpBadRequestError",
-    "ChirrOpUnauthorizedError", "ChirrOpForbiddenError", "ChirrOpNotFoundError",
-    "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError", "__version__",
+    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError",
+    "ChirrOpBadRequestError", "ChirrOpUnauthorizedError", "ChirrOpForbiddenError",
+    "ChirrOpNotFoundError", "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError",
+    "__version__",
 ]  # fmt: skip
 
 # ---- Constants and vocabularies -------------------------------------------
@@ -114,7 +130,6 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from http.server import ThreadingHTTPServer
     from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
@@ -1003,7 +1018,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   fill(batch)          put the oldest of them into an empty batch
 #   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
 #   stays(batch)         tell whether a batch's logs outlive this client
-#   tend()               do what takes its time; without the lock
+#   tend()               do what takes its time; without the lock; return seconds until more is due
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
 #   close()              end; without the lock
@@ -1018,7 +1033,7 @@ if TYPE_CHECKING:
 
 
 def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
-    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts this thread.
+    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts it.
 
     A `with` alone leaves the lock taken when an exception strikes between its block and its exit,
     as Python 3.9 lets a signal handler do.
@@ -1032,31 +1047,18 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
-def _innermost(exc: BaseException) -> str:
-    """Return the name of the module in whose frame an exception was raised."""
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
-
-
 def _is_from_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
-    Its frame tells, not its type: a time limit may well be a TimeoutError.
+    Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
+    given the frame that it has interrupted.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    codes = set()
-    for number in signal.valid_signals():
-        handler: Any = signal.getsignal(number)
-        handler = getattr(handler, "func", handler)  # a functools.partial
-        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
-        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
+    while trace is not None and trace.tb_next is not None:
+        for given in trace.tb_next.tb_frame.f_locals.values():
+            values = given if isinstance(given, tuple) else (given,)
+            if any(value is trace.tb_frame for value in values):
+                return True
         trace = trace.tb_next
     return False
 
@@ -1065,14 +1067,15 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before",
+        "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
         self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
-        # The spool file that holds them, their ids there, and how many logs were read up to the last.
+        # The spool file that holds them, their ids there, and how many were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
         self.attempts, self.not_before, self.exhausted = 0, 0.0, False
@@ -1127,8 +1130,8 @@ class _Memory:
     def stays(self, batch: _Batch) -> bool:
         return False
 
-    def tend(self) -> None:
-        """There is nothing to tend."""
+    def tend(self) -> float | None:
+        return None
 
     def is_open(self) -> bool:
         return False
@@ -1145,7 +1148,7 @@ _SPOOL_VERSION = 2  # user_version; files of the first layout have 1, and no app
 _SPOOL_NAMES = 1000  # files of one spool at most: one for each process that writes at once
 _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
-_ADOPT_SECONDS = 5.0  # between two looks for what dead processes left
+_ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
     "BEGIN IMMEDIATE",
@@ -1261,7 +1264,7 @@ def _check_header(path: str) -> bool:
 
 
 class _SpoolFile:
-    """One file of a spool that this process holds: its lock, its connections, how far it is read."""
+    """A file of a spool that this process holds: lock, connections, how far it has been read."""
 
     def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
         self.path, self.lock = path, lock
@@ -1311,7 +1314,7 @@ class _SpoolFile:
     def close(self, removable: bool) -> None:
         """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
 
-        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        `side` stays open: its thread may be using it, which the sqlite3 module does not survive.
         """
         conn = self.conn
         try:
@@ -1332,9 +1335,10 @@ class SqliteSpool:
     client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
     as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
-    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
-    so any number of processes may share a path on a local disk, and none waits for another. What a
-    dead process or a closed client left is sent by the next that opens the path or runs out of work.
+    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds
+    and in which nothing waits, so any number of processes may share a path on a local disk, and
+    none waits for another. What a dead process or a closed client left is sent by the next that
+    opens the path or runs out of work.
 
     A power loss may cost the commits of the last moments, since they are synced to the disk only
     now and then (SQLite's `synchronous=NORMAL`); "FULL" syncs each commit, at milliseconds a log.
@@ -1392,7 +1396,7 @@ class SqliteSpool:
         self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
-        self._adopt_at = 0.0
+        self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self._closed = False
         self.lost = 0  # logs in damaged files, to be accounted for
@@ -1537,8 +1541,10 @@ class SqliteSpool:
         return file
 
     def _usable(self) -> _SpoolFile | None:
-        """Return the file that this client writes to, opened if need be; None while there is none."""
-        due = not self._closed and time.monotonic() >= self._retry_at
+        """Return the file that this client writes to, opened if need be; None if there is none."""
+        if self._closed:
+            return None
+        due = time.monotonic() >= self._retry_at
         if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
@@ -1555,12 +1561,8 @@ class SqliteSpool:
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
-        """Say what is wrong with a file, and give up a damaged one.
-
-        What was not raised in this file, or by a function in C that it called, is not the disk's: a
-        signal handler's error goes to its caller.
-        """
-        if _innermost(exc) not in (__name__, "genericpath", "posixpath", "ntpath"):
+        """Say what is wrong with a file, and give up a damaged one."""
+        if _is_from_handler(exc):
             raise exc
         if file is not None and self._is_damage(exc):
             self.lost += file.known
@@ -1633,7 +1635,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
-        return len(self._inbox) + self._rows()
+        return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1641,7 +1643,7 @@ class SqliteSpool:
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         for file in self._files():
-            if file.count is not None and not batch.items:
+            if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
         if not batch.items:
             _move(self._inbox, batch, limit)
@@ -1654,6 +1656,7 @@ class SqliteSpool:
         statement = (_SQL_DELIVERED, span) if error is None else (_SQL_DROPPED, (error, *span))
         file.undone.append(statement)
         file.settled = max(file.settled, (ids[-1], number))
+        self._settled_at = time.monotonic()
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
@@ -1663,10 +1666,11 @@ class SqliteSpool:
     def leave(self) -> int:
         """Store what can be stored, and return how many logs the next client on this path finds."""
         file = self._usable()
-        while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
-            pass
-        self._closed = True
-        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        if file is not None:
+            self._attempt(file, self._store_inbox, file)
+        left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
+        self._closed = True  # what comes now is not stored, and what is in the files, not sent
+        return left
 
     def close(self) -> None:
         """Close the files; not under the lock, for which the thread that tends may be waiting."""
@@ -1688,21 +1692,20 @@ class SqliteSpool:
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
-    def tend(self) -> None:
+    def tend(self) -> float | None:
         """Move logs from memory to the file, take over orphans, and keep the WAL small."""
-        _exclusively(self.tending, self._tend)
+        wait: float | None = _exclusively(self.tending, self._tend)
+        return wait
 
-    def _tend(self) -> None:
+    def _tend(self) -> float | None:
         while self._sides:
             self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
-            return
-        while self._inbox and _exclusively(self.lock, self._attempt, file, self._store_inbox, file):
-            pass
-        if time.monotonic() >= self._adopt_at:
-            self._adopt_at = time.monotonic() + _ADOPT_SECONDS
-            self._take_over()
+            return None
+        if time.monotonic() >= self._retry_at:
+            _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
+        wait = self._look_around()
         for orphan in self._orphans:
             if orphan.count is None:
                 orphan.count = sum(self._attempt(orphan, self._count, orphan))
@@ -1710,12 +1713,24 @@ class SqliteSpool:
                 _exclusively(self.lock, self._let_go, orphan)
         if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
             self._checkpoint(file)
+        return wait
 
-    def _store_inbox(self, file: _SpoolFile) -> bool:
-        for _ in range(min(MAX_BATCH, len(self._inbox))):
+    def _look_around(self) -> float | None:
+        """Take over what dead processes left, after each spell of work, or say when to do so."""
+        if self._settled_at < self._looked_at:
+            return None
+        now = time.monotonic()
+        wait = self._looked_at + _ADOPT_SECONDS - now
+        if wait > 0:
+            return wait
+        self._looked_at = now
+        self._take_over()
+        return None
+
+    def _store_inbox(self, file: _SpoolFile) -> None:
+        while self._inbox:
             file.add(self._inbox[0])
             self._inbox.popleft()
-        return True
 
     @staticmethod
     def _count(orphan: _SpoolFile) -> int:
@@ -1831,7 +1846,8 @@ def _error_class(status: int) -> type[ChirrOpError]:
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
     """Return seconds to wait after failed attempt `attempt` (1 is the first).
 
-    Full jitter, on top of the server's wait when it gave one: clients cut off together return apart.
+    Full jitter, on top of the server's wait when it gave one: clients cut off together return
+    apart.
     `rand` returns a float in [0, 1).
     """
     window = min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt - 1, 32))
@@ -1844,7 +1860,7 @@ def _random() -> float:
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None when it says nothing valid.
+    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None if it has none.
 
     `now` is Unix seconds, for the header's other form, an HTTP date.
     """
@@ -1959,10 +1975,10 @@ def _proxy_advice(scheme: str) -> str:
 
 
 # ---- Outbox ---------------------------------------------------------------
-# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery and
-# the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an argument,
-# so a test can turn the clock by hand. What follows an answer is a pure function of _State, which is
-# replaced as a whole, under the lock.
+# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery
+# and the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an
+# argument, so a test can turn the clock by hand. The state is replaced as a whole, under the lock:
+# whatever interrupts a step, either nothing has happened or all of it.
 
 
 if TYPE_CHECKING:
@@ -2376,7 +2392,7 @@ class _Outbox:
             )
 
     def sweep(self) -> None:
-        """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
+        """Drop what was logged after the end, unless this interrupts somebody who does it."""
         if not self.buffer.lock._is_owned():
             self._locked(self._sweep, "logged after close")
 
@@ -2431,19 +2447,21 @@ class _Outbox:
 
 # ---- Reporter and sender --------------------------------------------------
 # In: batches from the outbox. Out: one request per batch, and word of what was dropped.
-#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it; holds
-#                              no lock while a request is under way; runs no code of the application
-#                              but its transport, and imports nothing
-#   thread "chirrop-reporter"  now and then: runs on_drop, and the handlers of the logging module
+#   a caller of log()          encodes and puts: no lock in memory, one commit with a spool; rings
+#                              the bell if its log is the first of a batch, or makes one full
+#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it;
+#                              holds no lock while a request is under way; runs no code of the
+#                              application but its transport, and imports nothing
+#   thread "chirrop-reporter"  now and then: runs on_drop, and the logging module's handlers
 #   a caller of flush, close   waits; where no thread can be had it does the senders' work itself
-# Whether a thread is inside one of these is read from its stack: a flag could outlive an interrupted
-# call.
+# Whether a thread is inside one of these is read from its stack: a flag could outlive an
+# interrupted call.
 
 _WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
 
 
 class _Bell:
-    """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
+    """Wake a thread that waits, or the next one to wait; any code may ring it.
 
     A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever
     before Python 3.13 when its time is over before it has begun to wait.
@@ -2531,16 +2549,19 @@ class _Reporter:
         """Call on_drop for each drop that it has not heard of."""
         while self._on_drop is not None and self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
+            logs = [_decoded(item) for item in drop.items]
             try:
-                self._on_drop([_decoded(item) for item in drop.items], drop.error)
+                self._on_drop(logs, drop.error)
             except BaseException as exc:  # it is the application's code
-                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
+                trace = exc.__traceback__
+                ours = trace is None or trace.tb_next is None  # it has not even been called
+                if ours or isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
 
     def write(self, final: bool = False) -> None:
-        """Hand notes to the logger, and drops added up; returns at once inside a handler of its own."""
+        """Hand notes and drops, added up, to the logger; returns at once inside a handler of its."""
         unsaid = self._outbox.state.unsaid
         if not self._notes and not unsaid or _is_inside(_Reporter._write.__code__):
             return
@@ -2573,7 +2594,7 @@ def _start_thread(
     """Start a thread, which is in `threads` before it runs; False where there can be none.
 
     That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack,
-    in a uWSGI worker without threads.
+    in uWSGI. Not under a lock: with gevent, others run meanwhile.
     """
     if _exiting or _has_no_threads():
         return False
@@ -2588,14 +2609,14 @@ def _start_thread(
 
 
 def _has_no_threads() -> bool:
-    """Tell whether this is a uWSGI worker without threads: one could be made, but would never run."""
-    options = getattr(sys.modules.get("uwsgi"), "opt", None)
+    """Tell whether uWSGI forbids threads: in its master, which forks in C, a busy one would hang its
+    children; in a worker without its `enable-threads` one could be made, but never runs."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    options = getattr(uwsgi, "opt", None)
     if not isinstance(options, dict):
         return False
-    return not any(options.get(name) or options.get(name.encode()) for name in _UWSGI_THREADS)
-
-
-_UWSGI_THREADS = ("enable-threads", "threads")
+    enabled = any(options.get(name) for name in ("enable-threads", "threads"))
+    return not enabled or getattr(uwsgi, "worker_id", lambda: 1)() == 0
 
 
 class _Sender:
@@ -2682,36 +2703,38 @@ class _Sender:
             self._spawn()
 
     def _ring(self) -> None:
-        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        """Wake the sender that waits, if there is one: else put() would take it for awake."""
         if self._alive():
             self._bell.ring()
 
     def _alive(self) -> bool:
+        """Tell whether there is a sender, in the world in which this thread runs."""
+        if type(self._lead) is not type(threading.Lock()):
+            # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
+            bell = self._bell
+            self._threads, self._wake_at = [], 1.0
+            self._lead, self._bell = threading.Lock(), _Bell()
+            bell.ring()  # a sender that waits in the other world ends
         return any(thread.is_alive() for thread in self._threads)
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        _exclusively(self.outbox.buffer.lock, self._spawn_one)
-
-    def _spawn_one(self) -> None:
         threads = self._threads
         threads[:] = [thread for thread in threads if thread.is_alive()]
         if len(threads) >= self.outbox.state.width:
             return
-        if type(self._lead) is not type(threading.Lock()):
-            # gevent or eventlet has patched threading since: what a greenlet waits on must be theirs.
-            self._lead, self._bell = threading.Lock(), _Bell()
         _close_with_multiprocessing()
+        if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
+            importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
         name = f"chirrop-sender-{len(threads) + 1}"
-        if not _start_thread(
-            threads, self._run, name, threads
-        ):  # flush, close and exit send in their own thread; see again with the next batch
+        if _start_thread(threads, self._run, name, threads):
+            return
+        # flush, close and exit send in their own thread.
+        if _has_no_threads():
+            text = "uWSGI has no threads here (see its enable-threads)"
+            self.report.note("uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only")
+        else:  # look again with the next batch
             self._wake_at = self.outbox.buffer.level() + self._config.batch_size
-            if _has_no_threads():
-                text = "uWSGI runs without threads (see its enable-threads)"
-                self.report.note(
-                    "uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only"
-                )
 
     def _run(self, threads: list[threading.Thread]) -> None:
         """Send until the client is closed; `threads` is another list in a forked child, into which
@@ -2720,12 +2743,12 @@ class _Sender:
             while self._threads is threads and self._turn(threads):
                 pass
         except BaseException:
-            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
+            pass  # a worker's abort, raised in here: the next log starts another sender
         finally:
+            self.outbox.release(threading.get_ident())
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
-                self.outbox.release(threading.get_ident())
                 for _, bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 
@@ -2746,18 +2769,19 @@ class _Sender:
         """Wait for the next batch; None when there is nothing more to do."""
         outbox = self.outbox
         while self._threads is threads and not outbox.state.stopped:
-            outbox.buffer.tend()
+            look_in = outbox.buffer.tend()
             batch = outbox.take(self._clock(), threading.get_ident())
             if batch is not None:
                 return batch
             if self.owner() is None and not outbox.held():
                 self.shut(True, 0.0)
                 break
-            self.report.kick()
+            self._tell()  # a look into the buffer may have ended a wait, too
             self._wake_at = outbox.wake_level(self._clock())
-            wait = outbox.due_in(self._clock())
-            if wait != 0.0:
-                self._bell.wait(math.inf if wait is None else wait)
+            waits = [outbox.due_in(self._clock()), look_in]
+            wait = min((wait for wait in waits if wait is not None), default=math.inf)
+            if wait > 0:
+                self._bell.wait(wait)
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
@@ -2892,7 +2916,7 @@ class _Sender:
         self.wake()
 
     def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """The client was garbage-collected: send what is held, then end. Called by the collector."""
+        """Send what is held, then end: the client is gone. Called by the garbage collector."""
         if ending():  # the exit hook has run, and the names of this module are going
             return
         if self._threads:
@@ -2946,7 +2970,7 @@ def _at_exit() -> None:
 
 
 def _close_with_multiprocessing() -> None:
-    """Let a child of multiprocessing close its clients: it ends by os._exit, past all exit hooks."""
+    """Let a child of multiprocessing close its clients: it ends by os._exit, past exit hooks."""
     util: Any = sys.modules.get("multiprocessing.util")
     if util is not None and _finalizing.get("pid") != os.getpid():
         _finalizing["pid"] = os.getpid()
@@ -4228,7 +4252,13 @@ initialize, log_event, flush, stop = (
 # server of _serve_sandbox does); one lock guards all state, and no scripted delay is waited for
 # under it.
 
+from datetime import timedelta  # noqa: E402  # like all that only the lower part needs
+
+__all__ += ["Sandbox"]
+
 if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
+
     _Row = dict[str, Any]
     _Reply = tuple[int, bytes, dict[str, str]]
 
@@ -5855,16 +5885,16 @@ if __name__ == "__main__":
 # Copyright (c) 2026 ChirrOp
 #
 # Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction, including
-# without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-# copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-# following conditions:
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or substantial
-# portions of the Software.
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-# LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
-# EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
-# IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
-# THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

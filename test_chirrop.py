@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import builtins
 import collections
 import contextlib
 import copy
@@ -27,6 +28,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import logging.config
 import os
 import pathlib
@@ -52,6 +54,7 @@ import unittest
 import unittest.mock
 import urllib.parse
 import uuid
+import warnings
 import zipfile
 from contextlib import redirect_stderr
 from datetime import datetime, timedelta, timezone, tzinfo
@@ -67,10 +70,11 @@ from chirrop import (
     Client,
     Config,
     Log,
-    Sandbox,
     SqliteSpool,
     new_client,
 )
+
+Sandbox = getattr(chirrop, "Sandbox", None)  # CutTest runs the SDK's tests on a file without it
 
 HERE = pathlib.Path(chirrop.__file__).resolve().parent
 KEY = "chp_test"
@@ -1315,18 +1319,21 @@ class Simulation:
     """One seed: the real outbox, buffer and sender under a scripted transport and a hand-turned clock.
 
     There are no threads. What would happen at the same time happens inside the transport: before it
-    answers, it may log, flush, send another batch, close, or crash the process (for the spool).
+    answers, it may log, flush, send another batch, close, or crash the process (for the spool). And
+    an exception strikes now and then, at a random step of a caller's call: it costs that one call.
     """
 
     class Crash(BaseException):
+        pass
+
+    class Strike(Exception):
         pass
 
     def __init__(self, seed, path=None):
         self.rng = random.Random(seed)
         self.path, self.now, self.depth = path, 0.0, 0
         self.accepted, self.dropped, self.acknowledged, self.stored = [], [], [], set()
-        self.healthy = False
-        self.runs = []
+        self.healthy, self.steps, self.unsure = False, math.inf, []
         self.poison = set()
         self.start()
 
@@ -1343,6 +1350,24 @@ class Simulation:
         )
         self.sender._spawn = lambda: None
         self.sender.report.write = lambda final=False: None
+        self.sender.report.kick = lambda: False  # no thread: on_drop is called here
+        for name in ("put", "fill", "settle", "size", "leave"):
+            setattr(buffer, name, self.striking(getattr(buffer, name)))
+
+    def striking(self, method):
+        def run(*args):
+            self.step()
+            result = method(*args)
+            self.step()
+            return result
+
+        return run
+
+    def step(self):
+        self.steps -= 1
+        if self.steps == 0:
+            self.steps = math.inf
+            raise self.Strike
 
     def on_drop(self, logs, error):
         self.dropped += ids(logs)
@@ -1378,7 +1403,7 @@ class Simulation:
             raise ConnectionResetError("after")
         if roll == "late crash" and self.path:
             raise self.Crash
-        self.acknowledged += ids(logs) if not self.outbox.stopped else []
+        self.acknowledged += ids(logs) if not self.outbox.state.stopped else []
         return 200, b"", {}
 
     def act(self):
@@ -1390,61 +1415,74 @@ class Simulation:
                 log = Log("a", 1)
                 if self.rng.random() < 0.05:
                     self.poison.add(log.log_id)
-                late = self.outbox.put(log._body)
-                self.accepted.append(log.log_id)
-                if late:
-                    self.sender.report.late(late)
+                self.unsure.append(log.log_id)
+                self.sender.put(log._body)
+                self.accepted.append(self.unsure.pop())
         elif action == "send":
             self.send()
         elif action == "tick":
             self.now += self.rng.choice((0.01, 0.5, 3.0, 40.0))
         elif action == "flush":
-            self.outbox.begin_flush(self.now)
+            self.outbox.end_flush(self.outbox.begin_flush(self.now))
         elif action == "end" and self.rng.random() < 0.15:
             if self.path and self.rng.random() < 0.7:
                 raise self.Crash
-            self.sender._shut()
+            self.sender.shut(True, 0.0)
+
+    def act_or_be_struck(self):
+        if not self.healthy and self.depth == 0 and self.rng.random() < 0.3:
+            self.steps = self.rng.randrange(1, 40)
+        try:
+            self.act()
+        except self.Strike:
+            pass
+        finally:
+            self.steps = math.inf
         self.balance()
 
     def send(self):
         if self.depth > 4:
             return False
-        batch = self.outbox.take(self.now)
-        if batch is None:
-            return False
-        self.depth += 1
+        self.depth += 1  # stands for the thread
         try:
-            self.sender._deliver(batch, 1.0)
+            self.outbox.buffer.tend()
+            batch = self.outbox.take(self.now, self.depth)
+            if batch is not None:
+                self.sender._deliver(batch, 1.0)
+            return batch is not None
         finally:
-            self.depth -= 1
-        return True
+            steps, self.steps = self.steps, math.inf
+            self.outbox.release(self.depth)
+            self.steps, self.depth = steps, self.depth - 1
 
     def crash(self):
         """Lose the process: everything in memory goes, the kernel closes its files and locks."""
-        spool = self.outbox.buffer
-        if spool._conn is not None:
-            spool._conn.close()
-            os.close(spool._guard)
+        for drop in self.outbox.state.untold:  # dead letters by now, of which nobody was told
+            self.dropped += ids(map(json.loads, drop.items))
+        self.dropped += ids(map(json.loads, self.outbox.buffer._inbox))  # logged after close
+        for file in self.outbox.buffer._files():
+            file.conn.close()
+            file.side.close()
+            file.lock.close()
         self.depth = 0
         self.start()
 
     def balance(self):
         stats = self.outbox.stats()
         total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
-        assert stats.accepted == total and min(stats.queued, stats.in_flight, stats.parked) >= 0, (
-            stats
-        )
+        assert stats.accepted == total and min(stats.queued, stats.in_flight) >= 0, stats
         return stats
 
     def run(self):
         for _ in range(self.rng.randrange(5, 25)):
             try:
-                self.act()
+                self.act_or_be_struck()
             except self.Crash:
                 self.crash()
-            if self.outbox.stopped and self.rng.random() < 0.5:
+            if self.outbox.state.stopped and self.rng.random() < 0.5:
                 if not self.path:
                     break
+                self.sender.shut(True, 0.0)  # what an exception has interrupted
                 self.start()
         self.finish()
 
@@ -1453,12 +1491,14 @@ class Simulation:
         self.healthy = True
         for _ in range(2 if self.path else 1):
             if self.path:
-                if not self.outbox.stopped:
-                    self.sender._shut()
+                self.sender.shut(True, 0.0)
                 self.start()
             for _ in range(2000):
+                self.outbox.buffer.tend()
                 flush = self.outbox.begin_flush(self.now)
-                if flush.done:
+                done = self.outbox.outcome(flush)
+                self.outbox.end_flush(flush)
+                if done or self.outbox.state.stopped:
                     break
                 try:
                     while self.send():
@@ -1468,27 +1508,25 @@ class Simulation:
                 self.now += 40.0
             else:
                 raise AssertionError("it never ends")
-            held = self.outbox.held()
-            self.sender._shut()
-            assert self.outbox.stopped or not held
+            self.sender.shut(True, 0.0)
         stats = self.balance()
-        assert stats.queued == stats.in_flight == stats.parked == 0, stats
-        accepted, dropped, delivered = set(self.accepted), set(self.dropped), set(self.acknowledged)
-        assert len(accepted) == len(self.accepted)
+        assert stats.queued == stats.in_flight == 0, stats
+        dropped, delivered = set(self.dropped), set(self.acknowledged)
+        known = self.stored | dropped
+        accepted = set(self.accepted) | known.intersection(self.unsure)
+        assert len(set(self.accepted)) == len(self.accepted)
         assert len(dropped) == len(self.dropped), "a drop was reported twice"
-        assert delivered <= accepted and dropped <= accepted and self.stored <= accepted
-        assert accepted == (delivered | dropped | (self.stored if self.path else set())), (
-            "a log is unaccounted for"
-        )
+        assert delivered <= accepted and known <= accepted
+        assert accepted == known, "a log is unaccounted for"
         if self.path:
             self.start()
-            self.outbox.begin_flush(self.now)
+            self.outbox.buffer.tend()
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
-            self.sender._shut()
+            self.sender.shut(True, 0.0)
         else:
             assert not delivered & dropped
             assert stats.accepted == len(accepted), (stats.accepted, len(accepted))
-            assert stats.delivered == len(delivered) and sum(stats.dropped.values()) == len(dropped)
+            assert sum(stats.dropped.values()) == len(dropped)
 
 
 class SimulationTest(TestCase):
@@ -1777,7 +1815,7 @@ class SpoolTest(ProcessTestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.rows(path), 0)
 
-    def test_refused_logs_are_parked_and_wait_for_a_later_run(self):
+    def test_refused_logs_are_held_and_wait_for_a_later_run(self):
         for status in (401, 403, 404, 500, 503, 302):
             with self.subTest(status):
                 path = self.spool()
@@ -1792,11 +1830,12 @@ class SpoolTest(ProcessTestCase):
                     client.log(entry)
                 self.assertFalse(client.flush(LONG))
                 stats = self.assertBalanced(client)
-                self.assertEqual((stats.parked, stats.dropped, dropped), (3, {}, []))
+                self.assertEqual((stats.queued, stats.dropped, dropped), (3, {}, []))
                 self.assertEqual(len(client._link._transport.requests), 1)
-                client.flush(LONG)  # does not send a parked log again in this run
-                self.assertEqual(len(client._link._transport.requests), 1)
-                client.close(LONG)
+                self.assertFalse(client.flush(LONG))  # offers it again
+                self.assertEqual(len(client._link._transport.requests), 2)
+                client.close(0)
+                self.assertEqual(self.assertBalanced(client).queued, 3)
                 self.assertEqual(SqliteSpool(path).dead_letters(), [])
                 self.assertEqual(self.drain(path), [e.log_id for e in entries])
 
@@ -1863,21 +1902,28 @@ class SpoolTest(ProcessTestCase):
         client.flush(LONG)
         client.log(Log("x", 2))
         names = os.listdir(path.parent)
-        kinds = {".lock" if n.endswith(".lock") else n for n in names}
-        self.assertEqual(kinds, {"spool.db", "spool.db-wal", "spool.db-shm", ".lock"})
+        self.assertEqual(set(names), {"spool.db", "spool.db-wal", "spool.db-shm", "spool.db-lock"})
         for name in names:
             self.assertEqual(stat.S_IMODE((path.parent / name).stat().st_mode), 0o600, name)
         # Read elsewhere: closing a file here would take the locks SQLite has on it in this process.
         code = "import pathlib, sys; print(sum(b'canary' in p.read_bytes() for p in pathlib.Path(sys.argv[1]).iterdir()))"
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
-    def test_a_file_opened_a_hundred_million_times_still_takes_logs(self):
-        path, left = self.make_spool()
-        with contextlib.closing(sqlite3.connect(path)) as conn, conn:
-            conn.execute("UPDATE sqlite_sequence SET seq = 100000000")
-        _, later = self.make_spool(2, path)
+    def test_a_drained_spool_leaves_one_small_file(self):
+        path, left = self.make_spool(300)
+        again, later = self.make_spool(2, path)  # in PATH.2, since something waits in PATH
+        self.assertEqual(sorted(os.listdir(path.parent)), [path.name, path.name + ".2"])
         self.assertEqual(self.drain(path), left + later)
         self.assertEqual(os.listdir(path.parent), [path.name])
+        self.assertEqual(self.rows(path), 0)
+
+    def test_ids_are_not_given_out_twice_when_the_file_runs_empty(self):
+        client = self.client(spool=self.spool(), transport=FakeTransport(), flush_delay=60)
+        for count in range(1, 4):
+            client.log(Log("x", count))
+            self.assertEqual(client.stats().queued, 1)
+            self.assertTrue(client.flush(LONG))
+            self.assertEqual(self.assertBalanced(client).accepted, count)
 
     def test_with_the_file_full_log_raises_and_nothing_is_pruned(self):
         path = self.spool()
@@ -1900,20 +1946,20 @@ class SpoolTest(ProcessTestCase):
         client.log(Log("room again", 1))
         self.assertLessEqual(path.stat().st_size, 64 * 1024)
 
-    def test_a_log_put_while_close_releases_the_file_is_reported_not_orphaned(self):
-        """The row would belong to an owner that close() has just forgotten: no later run would look for it."""
+    def test_a_log_put_while_close_ends_is_reported_not_orphaned(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport())
         client.log(Log("x", 1))
         client.flush(LONG)
         spool, late = client._outbox.buffer, Log("late", 1)
-        release = spool._release
+        leave = spool.leave
 
-        def release_with_a_late_log(conn):
-            release(conn)
-            spool._inbox.append(late._body)  # another thread in put(), before it gets the lock
+        def leave_with_a_late_log():
+            left = leave()
+            spool.put(late._body)  # as of another thread that has found the client open
+            return left
 
-        spool._release = release_with_a_late_log
+        spool.leave = leave_with_a_late_log
         client.close(LONG)
         stats = self.assertBalanced(client)
         self.assertEqual((stats.queued, stats.dropped), (0, {"closed": 1}))
@@ -1945,13 +1991,13 @@ class SpoolTest(ProcessTestCase):
                 len(self.drain(path)) + stats.dropped.get("closed", 0), 32, f"seed {seed}"
             )
 
-    def test_ctrl_c_inside_a_transaction_leaves_later_logs_committed(self):
+    def test_ctrl_c_inside_the_spool_leaves_later_logs_committed(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
         spool = client._outbox.buffer
         with (
-            mock.patch.object(spool, "_take_over", side_effect=KeyboardInterrupt),
+            mock.patch.object(spool, "_tend", side_effect=KeyboardInterrupt),
             self.assertRaises(KeyboardInterrupt),
         ):
             client.flush()
@@ -1959,21 +2005,19 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(self.rows(path), 2)
         self.assertTrue(client.flush(LONG))
 
-    def test_a_log_from_a_finaliser_inside_a_transaction_is_committed_with_it(self):
+    def test_a_log_from_a_finaliser_inside_the_spool_is_committed_at_once(self):
         path, entry = self.spool(), Log("from a finaliser", 1)
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        for name in ("_insert", "_take_over"):
+        for name, work in (("_put", lambda: client.log(Log("y", 1))), ("_rows", client.stats)):
             with self.subTest(name):
                 self.collect_inside(client, client._outbox.buffer, name, entry)
                 before = self.rows(path)
-                client.log(Log("y", 1)) if name == "_insert" else client.flush(LONG)
-                spool = client._outbox.buffer
-                self.assertFalse(spool._inbox)
-                self.assertEqual(client.stats().accepted, {"_insert": 3, "_take_over": 4}[name])
-                if name == "_insert":
-                    self.assertEqual(self.rows(path), before + 2)
+                work()
+                self.assertFalse(client._outbox.buffer._inbox)
+                self.assertEqual(self.rows(path), before + (2 if name == "_put" else 1))
         self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.assertBalanced(client).delivered, 4)
 
     def collect_inside(self, client, target, name, entry):
         """Arrange that the next call of target.name collects garbage whose finaliser logs `entry`, once."""
@@ -2093,7 +2137,7 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         connect = sqlite3.connect
 
         def read_only(name, **options):
-            return connect(f"file:{name}?mode=ro", uri=True, **options)
+            return connect(name.replace("mode=rw", "mode=ro"), **options)
 
         with mock.patch("sqlite3.connect", read_only):
             self.assertGoesOnInMemory(path)
@@ -2107,19 +2151,32 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
         self.assertGoesOnInMemory(path)
         self.assertEqual((os.listdir(path.parent), path.read_bytes()), ([path.name], before))
 
-    def test_a_file_of_another_program_is_left_alone_or_kept_aside(self):
+    def test_a_file_of_another_program_is_left_alone(self):
         path = self.spool()
         path.write_text("these are my notes\n" * 100)
         self.assertGoesOnInMemory(path)
-        kept = [p for p in path.parent.iterdir() if ".damaged-" in p.name]
-        self.assertEqual([p.read_text() for p in kept], ["these are my notes\n" * 100])
+        self.assertEqual(path.read_text(), "these are my notes\n" * 100)
+        self.assertEqual(os.listdir(path.parent), [path.name])
+
+    def test_a_spool_of_the_first_layout_is_refused_with_its_reason(self):
+        path = self.spool()
+        with contextlib.closing(sqlite3.connect(path)) as conn:
+            conn.execute("CREATE TABLE logs (id INTEGER PRIMARY KEY, body BLOB, state INTEGER)")
+            conn.execute("PRAGMA user_version = 1")
+        before = path.read_bytes()
+        with self.assertRaisesRegex(ChirrOpError, "a spool of the first layout"):
+            new_client(api_key=KEY, spool=SqliteSpool(path, required=True))
+        with self.assertRaisesRegex(ChirrOpError, "it is no spool"):
+            SqliteSpool(path).dead_letters()
+        self.assertEqual(path.read_bytes(), before)
 
     def test_an_api_misuse_error_does_not_set_a_healthy_file_aside(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        client._outbox.buffer._transact(lambda conn: conn.execute("SELECT ?"))
-        client._outbox.buffer._retry_at = 0.0
+        spool = client._outbox.buffer
+        spool._attempt(spool._own, lambda: spool._own.conn.execute("SELECT ?"))
+        spool._retry_at = 0.0
         client.log(Log("x", 2))
         self.assertFalse([n for n in os.listdir(path.parent) if "damaged" in n])
         self.assertEqual(self.rows(path), 2)
@@ -2167,7 +2224,9 @@ class SpoolCorruptTest(ProcessTestCase):
                 copy = self.spool()
                 copy.write_bytes(data[:place])
                 kept, arrived = self.assertStarts(copy, left, place)
-                if not kept and place > 1:  # SQLite takes a file of one byte for an empty one
+                if 0 < place < 72:  # not to be known as a spool any more: left as it is
+                    self.assertEqual((copy.read_bytes(), kept), (data[:place], []))
+                elif not kept and place:
                     self.assertLessEqual(
                         len(set(left) - set(arrived)), 1
                     )  # its end was cut off: a dead letter
@@ -2214,7 +2273,7 @@ class SpoolCorruptTest(ProcessTestCase):
         for n in range(5):
             client.log(Log("x", n))
         spool = client._outbox.buffer
-        spool._transact(lambda conn: conn.execute("UPDATE logs SET body = 7 WHERE id & 7 = 3"))
+        spool._own.conn.execute("UPDATE logs SET body = 7 WHERE id & 7 = 3")
         self.assertFalse(client.flush(LONG))
         stats = self.assertBalanced(client)
         self.assertEqual((stats.dropped, stats.queued), ({"damaged": 5}, 0))
@@ -2232,16 +2291,12 @@ class SpoolCorruptTest(ProcessTestCase):
         client.log(Log("old", 1))
         transport.seen.get(timeout=LONG)
         spool = client._outbox.buffer
-        with spool._lock:
-            spool._degrade(sqlite3.DatabaseError("malformed"))
-        client._outbox.state.resume_at = (
-            time.monotonic() + 60
-        )  # until go: the new log stays in the file
+        with spool.lock:
+            spool._trouble(spool._own, sqlite3.DatabaseError("malformed"))
         client.log(Log("new", 1))
         self.assertEqual(self.rows(path), 1)  # under the row id of the old one
         go.set()
-        with mock.patch.object(client._outbox, "_retry_later"):
-            self.assertTrue(client.flush(LONG))
+        self.assertTrue(client.flush(LONG))
         self.assertEqual(self.assertBalanced(client).delivered, 2)
 
 
@@ -2251,8 +2306,8 @@ class SpoolFullTest(ProcessTestCase):
         client = self.client(transport=transport, spool=path, flush_delay=60, batch_size=10**6)
         client.log(Log("x", 0))
         spool = client._outbox.buffer
-        pages = spool._transact(lambda conn: conn.execute("PRAGMA page_count").fetchone()[0])
-        spool._conn.execute(f"PRAGMA max_page_count = {pages + 4}")
+        pages = spool._own.conn.execute("PRAGMA page_count").fetchone()[0]
+        spool._own.conn.execute(f"PRAGMA max_page_count = {pages + 4}").fetchall()
         entries = [Log("x", n, meta="m" * 800) for n in range(60)]
         for entry in entries:
             client.log(entry)
@@ -2260,13 +2315,14 @@ class SpoolFullTest(ProcessTestCase):
         self.assertGreater(in_memory, 10)
         self.assertEqual(len(client._sender.report._notes), 1)
         self.assertBalanced(client)
-        spool._conn.execute("PRAGMA max_page_count = 100000")
+        spool._own.conn.execute("PRAGMA max_page_count = 100000").fetchall()
         client.log(Log("x", 1))
-        self.assertEqual(
-            len(spool._inbox), in_memory + 1
-        )  # it is not tried again before SPOOL_RETRY_SECONDS
-        spool._retry_at = 0.0
         client.log(Log("x", 2))
+        spool.tend()
+        # It is not tried again before SPOOL_RETRY_SECONDS.
+        self.assertEqual(len(spool._inbox), in_memory + 2)
+        spool._retry_at = 0.0
+        spool.tend()
         self.assertEqual((len(spool._inbox), self.rows(path)), (0, 63))
         self.assertTrue(client.flush(LONG))
         self.assertEqual(len(self.warnings_of("full")), 1)
@@ -2413,13 +2469,15 @@ log(c); os.kill(os.getpid(), 9)
         program, held = self.holder(path)
         self.kill_program(program)
         spool = client._outbox.buffer
-        take_over = spool._take_over
+        opened = spool._open
 
-        def fail(conn, opening=False):
-            take_over(conn, opening)
-            raise sqlite3.OperationalError("database or disk is full")
+        def fail(path, create):
+            if not create:
+                raise sqlite3.OperationalError("database or disk is full")
+            return opened(path, create)
 
-        with mock.patch.object(spool, "_take_over", fail):
+        with mock.patch.object(spool, "_open", fail):
+            spool._looked_at = float("-inf")
             self.assertTrue(client.flush(LONG))
             self.assertEqual(self.assertBalanced(client).accepted, 1)
         self.assertEqual(self.drain(path), held)
@@ -2486,6 +2544,7 @@ say(time.monotonic())
         program = self.python(
             PRELUDE + """
 import logging
+import math
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 on_drop = lambda logs, error: print("DROPPED", len(logs), error)
 c = client(transport=down, exit_timeout=0.1, on_drop=on_drop)
@@ -2629,6 +2688,7 @@ assert not chirrop._open_senders, chirrop._open_senders
         self.run_program(
             """
 import logging
+import math
 c = client(transport=down); c.close()
 logger = logging.getLogger("chirrop")
 assert not logger.handlers and not logging.getLogger().handlers
@@ -3290,6 +3350,8 @@ def monkey_patch():
 
     def apart(wait):                    # a wait that lets the others run
         def run(*args, **kwargs):
+            if threading.get_ident() not in greenlets:
+                return wait(*args, **kwargs)
             baton.release()
             try:
                 return wait(*args, **kwargs)
@@ -3353,7 +3415,7 @@ class HostTest(ProcessTestCase):
         for ending in ("c.flush(20)", "c.close(20)", ""):
             with self.subTest(ending):
                 server = self.server()
-                code = f"c = client()\nlog(c, {logs_before})\nmonkey_patch()\nlog(c, 500)\n{ending}"
+                code = f"c = client()\nlog(c, {logs_before})\nc.flush(20)\nmonkey_patch()\nlog(c, 500)\n{ending}"
                 said = self.run_program(COOPERATIVE + code, server.url)
                 self.assertEqual(len(said), 500 + logs_before)
                 self.assertEqual(sorted(server.stored), sorted(said))
@@ -4183,12 +4245,13 @@ class Trial:
             yield f"lost {len(lost)} logs: {stats}"
         if dropped != len(drops):
             yield f"dropped {dropped} logs and reported {len(drops)}"
-        if stats.accepted not in (
-            len({*taken, *drops, *spooled}),
-            len({*taken, *drops, *spooled}) + len(lost),
-        ):
-            yield f"took {len({*taken, *drops, *spooled})} logs, but says {stats}"
-        if stats.delivered != len(taken):
+        # What becomes of an interrupted send_logs() is unknown, and not in the account.
+        direct = self.operation.startswith("send_logs")
+        unknown = set(self.unsure).intersection(taken) if direct else set()
+        places = len({*taken, *drops, *spooled} - unknown)
+        if stats.accepted - places not in range(len(lost) + len(unknown) + 1):
+            yield f"took {places} logs, but says {stats}"
+        if stats.delivered not in (len(taken), len(taken) - len(unknown)):
             yield f"delivered {len(taken)} logs, but says {stats}"
 
     def left(self, missing):
@@ -4347,7 +4410,17 @@ class Trials:
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
 @unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
-class InterruptTest(TestCase):
+class InterruptedCase(TestCase):
+    def setUp(self):
+        super().setUp()
+        # What an exception leaves open is closed when nobody holds it any more, and Python warns.
+        catch = warnings.catch_warnings()
+        catch.__enter__()
+        self.addCleanup(catch.__exit__, None, None, None)
+        warnings.simplefilter("ignore", ResourceWarning)
+
+
+class InterruptTest(InterruptedCase):
     """In a full run at every instruction, a quarter of an hour; else at a few of each kind."""
 
     REACHES = ("signal", "memory", "end")  # demanded; see Place
@@ -4415,7 +4488,7 @@ class InterruptTest(TestCase):
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
-class TimeLimitTest(TestCase):
+class TimeLimitTest(InterruptedCase):
     """Real signals at random moments, whose handler raises an Exception, against a job."""
 
     def job(self, client):
@@ -4520,7 +4593,7 @@ class TimeLimitTest(TestCase):
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
 @unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
-class ReentryTest(TestCase):
+class ReentryTest(InterruptedCase):
     """A handler may do anything wherever its thread waits, in the threading module as well."""
 
     def each(self, operation, server):
@@ -4557,6 +4630,7 @@ class ReentryTest(TestCase):
 class ExitInterruptedTest(ProcessTestCase):
     CODE = """
 import logging
+import math
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 waits = threading.Event()
 
@@ -7637,6 +7711,81 @@ class ModuleTest(TestCase):
         )
         self.assertIn("MIT License", self.SOURCE)
         self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.SOURCE)
+
+
+class CutTest(TestCase):
+    """The file ends at its cut line for who takes the SDK only: what stands above is complete."""
+
+    COMMAND = re.search(r"(?m)^ +(mkdir -p cut && sed .+)$", ModuleTest.SOURCE).group(1)
+    QUICK = (
+        "ErrorTest LogTest ConfigTest PolicyTest MemoryBufferTest OutboxTest SplitTest FlushTest"
+        " ClientTest ControlPlaneTest TimerTest LambdaTest GlobalTest"
+    )
+
+    def setUp(self):
+        super().setUp()
+        if shutil.which("sed") is None:
+            self.skipTest("there is no sed")
+        self.within = self.folder()
+        shutil.copy(chirrop.__file__, self.within / "chirrop.py")
+        subprocess.run(["sh", "-c", self.COMMAND], cwd=self.within, check=True)
+        self.path = self.within / "cut" / "chirrop.py"
+        self.source = self.path.read_text(encoding="utf-8")
+
+    def run_cut(self, *arguments, **env):
+        """Run this interpreter where `import chirrop` gets the cut file."""
+        paths = os.pathsep.join([str(self.path.parent), str(pathlib.Path(__file__).parent)])
+        return subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            capture_output=True, text=True, cwd=self.path.parent,
+            env={**os.environ, **NOT_COUNTED, "PYTHONPATH": paths, **env},
+        )  # fmt: skip
+
+    def test_the_rest_has_no_sandbox_no_command_line_and_its_licence(self):
+        self.assertNotRegex(self.source, r"(?m)^(class Sandbox|def main|# ---- Sandbox)")
+        self.assertTrue(self.source.startswith("#!/usr/bin/env python3\n"))
+        self.assertIn("\n\n\n# MIT License\n", self.source)
+        self.assertIn("WITHOUT WARRANTY OF ANY KIND", self.source)
+
+    def test_the_rest_names_nothing_that_is_gone_and_imports_nothing_unused(self):
+        tree = ast.parse(self.source)
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | set(dir(builtins))
+        bound |= {"__file__"}
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                bound.add(node.name)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.ExceptHandler):
+                bound.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        used = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+        self.assertEqual(used - bound - imported, set())
+        self.assertEqual(imported - used - {"annotations"}, set())
+
+    def test_the_rest_gives_every_name_that_it_lists(self):
+        done = self.run_cut("-c", "from chirrop import *; print(sorted(dir())); new_client")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name in set(chirrop.__all__) - {"Sandbox"}:
+            self.assertIn(repr(name), done.stdout)
+        self.assertNotIn("Sandbox", done.stdout)
+
+    def test_the_rest_passes_the_tests_of_the_sdk(self):
+        names = self.QUICK.split()
+        if FULL:
+            above = pathlib.Path(__file__).read_text(encoding="utf-8").split("\n# ---- The file")[0]
+            names = re.findall(r"^class (\w+Test)\(", above, re.MULTILINE)
+        check = "import chirrop, sys; sys.exit(hasattr(chirrop, 'Sandbox'))"
+        self.assertEqual(self.run_cut("-c", check).returncode, 0)
+        classes = [f"test_chirrop.{name}" for name in names]
+        done = self.run_cut("-m", "unittest", *classes, CHIRROP_TEST_FULL="")
+        self.assertEqual(done.returncode, 0, done.stderr[-5000:])
+
+    def test_the_readme_has_the_command_of_the_header(self):
+        self.assertEqual(readme().count(f"\n{self.COMMAND}\n"), 2)
 
 
 # ---- Sandbox --------------------------------------------------------------
