@@ -1666,7 +1666,7 @@ class SqliteSpool:
         return sum(sum(self._attempt(file, file.size, batches)) for file in self._files())
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
-        """Put the oldest logs into an empty batch; in a file they stay there until it is settled."""
+        """Put the oldest logs into an empty batch; in a file they stay until it is settled."""
         for file in self._files():
             if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
@@ -2287,7 +2287,7 @@ class _Outbox:
         elif verdict in (_RETRY, _HOLD):
             self._fail(state, batch, verdict, error, now)
         elif verdict == _REFUSED:
-            self._drop(state, batch, "refused", error)
+            self._drop(state._replace(failures=0), batch, "refused", error)
         else:
             self._split(state, batch, verdict, error)
         self._count_lost()
@@ -2322,20 +2322,21 @@ class _Outbox:
         attempts = batch.attempts + 1
         exhausted = verdict == _HOLD or attempts > self._config.retries
         if exhausted and self._config.on_exhausted == "drop":
-            return self._drop(state, batch, "exhausted", error)
+            self._drop(state, batch, "exhausted", error)
+            return
         # Others may be sent while an exhausted batch waits: the fault may be its own.
         again = batch.later(attempts, now + BACKOFF_CAP if exhausted else 0.0, exhausted)
         self.state = state._replace(batches=(again, *state.batches), retries=state.retries + 1)
 
     def _split(self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError) -> None:
         """Halve a rejected batch until the offending logs stand alone."""
-        state = state._replace(failures=0, last_error=error)
         count = len(batch.items)
-        if count == 1:
-            return self._drop(state, batch, "rejected", error)
+        state = state._replace(failures=0, last_error=error)
+        undecided = verdict == _SPLIT and batch.spent[0] + 2 > MAX_SPLIT_REQUESTS
+        if count == 1 or undecided:
+            self._drop(state, batch, "rejected" if count == 1 else "undecided", error)
+            return
         if verdict == _SPLIT:
-            if batch.spent[0] + 2 > MAX_SPLIT_REQUESTS:
-                return self._drop(state, batch, "undecided", error)
             batch.spent[0] += 2
         middle = (count + 1) // 2
         halves = batch.part(0, middle), batch.part(middle, count)
@@ -2581,9 +2582,9 @@ class _Reporter:
             self._outbox.told(drop)
 
     def write(self, final: bool = False) -> None:
-        """Hand notes and drops, added up, to the logger; returns at once inside a handler of its."""
+        """Hand notes and drops, added up, to the logger; nothing inside one of its handlers."""
         unsaid = self._outbox.state.unsaid
-        if not self._notes and not unsaid or _is_inside(_Reporter._write.__code__):
+        if (not self._notes and not unsaid) or _is_inside(_Reporter._write.__code__):
             return
         if final or time.monotonic() >= self._next.get("drops", 0.0):
             self._write(unsaid)
@@ -2629,8 +2630,11 @@ def _start_thread(
 
 
 def _has_no_threads() -> bool:
-    """Tell whether uWSGI forbids threads: in its master, which forks in C, a busy one would hang its
-    children; in a worker without its `enable-threads` one could be made, but never runs."""
+    """Tell whether uWSGI forbids threads.
+
+    In its master, which forks in C, a busy one would hang the children; in a worker without its
+    `enable-threads` one could be made, but would never run.
+    """
     uwsgi: Any = sys.modules.get("uwsgi")
     options = getattr(uwsgi, "opt", None)
     if not isinstance(options, dict):

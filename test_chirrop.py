@@ -28,8 +28,8 @@ import io
 import itertools
 import json
 import logging
-import math
 import logging.config
+import math
 import os
 import pathlib
 import pickle
@@ -7630,7 +7630,7 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_start_thread"}, "sqlite3.connect": {"SqliteSpool"},
+            "threading.Thread": {"_start_thread", "_Sender", "_Reporter"}, "sqlite3.connect": {"SqliteSpool"},
             "os.environ": {"_find_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"},
             "os.open": {"_lock_file", "_check_header", "SqliteSpool"}, "io.FileIO": {"_lock_file"},
@@ -10771,7 +10771,9 @@ class HostileTest(TestCase):
                 client.log(Log("a", 1))
                 self.assertEqual(client.flush(LONG), status == 200)
                 stats = self.assertBalanced(client)
-                self.assertEqual((stats.delivered + sum(stats.dropped.values()), stats.queued), (1, 0))
+                self.assertEqual(
+                    (stats.delivered + sum(stats.dropped.values()), stats.queued), (1, 0)
+                )
                 self.assertEqual(len(client._link._transport.requests), 1)  # its answer is not lost
 
     def test_a_cycle_in_meta_does_not_overflow_the_stack_of_a_small_thread(self):
