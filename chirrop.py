@@ -13,30 +13,49 @@ At any moment every accepted log is delivered, dropped (reported, with its reaso
 
 Outside itself this file touches, each in the one place named:
     network   _UrllibTransport; Sandbox server and `doctor` when they are asked for
-    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes log records;
-              the command line's progress line, and the sandbox's server when it runs
+    threads   _Sender, daemon: senders from the first log on, now and then a short one that writes
+              log records; the command line's progress line, and the sandbox's server when it runs
     disk      SqliteSpool, when one is configured; ./.env is read for the key
     environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; the names of the
               proxies' variables; what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
-    exit      one atexit hook, and hooks around fork; both are installed by the import and act on open clients
+    exit      one atexit hook, and hooks around fork; both are installed by the import and act on
+              open clients
     logging   the logger "chirrop", to which no handler is added
 
-Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry policy,
-outbox, sender, transport, Client, global API, Sandbox, command line. Search for "# ---- ".
+Undocumented names of the standard library, for a port to look at:
+    json.encoder c_make_encoder and encode_basestring: a log at half the cost. Where the first is
+              missing, the public encoder does the same
+    RLock._is_owned and sys._getframe: whether a signal handler or finaliser that calls a client
+              has interrupted this very file
+    multiprocessing.util.Finalize: its children end past every exit hook
+    urllib    Request._tunnel_host and unredirected_hdrs, AbstractHTTPHandler.do_request_: urllib
+              chooses the proxy and the headers, but closes each connection after one answer
+    http.client response_class of a connection; begin, length, will_close and fp.raw of a response:
+              it has no deadline for a whole answer, and does not see all that are cut short
 
-To vendor: copy this file anywhere in your package. To update: replace it with a newer one and compare
-__version__. Licence: MIT, the text is at the end of the file.
+Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry
+policy, outbox, sender, transport, Client, global API; then the cut line; then Sandbox and command
+line, for trying and testing, which nothing above them needs. Search for "# ---- ". The SDK only,
+complete and with its licence:
+
+    mkdir -p cut && sed '/^# ---- Sandbox/,/^# ---- Licence/d' chirrop.py > cut/chirrop.py
+
+To vendor: copy this file, or the cut one, anywhere in your package. To update: replace it with a
+newer one and compare __version__. Licence: MIT, the text is at the end of the file.
 """
+
+# Parsed JSON is Any, and each method says what its own holds:
+# mypy: no-warn-return-any
 
 from __future__ import annotations
 
 import atexit
 import importlib
 import io
+import itertools
 import json
 import math
 import os
-import signal
 import stat
 import struct
 import sys
@@ -44,18 +63,18 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from datetime import datetime, timedelta, timezone
-from itertools import repeat
+from datetime import datetime, timezone
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Sandbox", "Stats",
+    "ChirrOp", "Client", "Config", "Log", "SqliteSpool", "Stats",
     "new_client", "initialize", "log_event", "flush", "stop",
     "ChirrOpError", "ChirrOpValidationError", "ChirrOpQueueFullError", "ChirrOpTransportError",
-    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError", "ChirrOpBadRequestError",
-    "ChirrOpUnauthorizedError", "ChirrOpForbiddenError", "ChirrOpNotFoundError",
-    "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError", "__version__",
+    "ChirrOpRateLimitError", "ChirrOpServerError", "ChirrOpNonRetryableError",
+    "ChirrOpBadRequestError", "ChirrOpUnauthorizedError", "ChirrOpForbiddenError",
+    "ChirrOpNotFoundError", "ChirrOpInternalServerError", "ChirrOpServiceUnavailableError",
+    "__version__",
 ]  # fmt: skip
 
 # ---- Constants and vocabularies -------------------------------------------
@@ -68,28 +87,18 @@ MAX_META_BYTES = 1024  # of encoded JSON: the service's limit
 MAX_META_KEYS = 10  # top-level keys of an object: the service's limit
 MAX_AGE_SECONDS = 30 * 86400.0  # of occurred_at: the service's limit
 MAX_AHEAD_SECONDS = 86400.0  # of occurred_at: the service's limit
-MAX_ANSWER_BYTES = (
-    16 * 1024 * 1024
-)  # far above any real answer; keeps a wrong host from filling memory
+MAX_ANSWER_BYTES = 16 * 1024 * 1024  # far above any real answer: a wrong host fills no memory
 MAX_ERROR_BYTES = 65536  # of an answer other than 2xx: what is searched for its message
 MAX_KEPT_BYTES = 4096  # of that answer: what an error keeps, which may be held for as long as it
 MAX_WAITING = 8  # batches that wait for another attempt before no further ones are begun
 MAX_UNTOLD = 1000  # drops kept for an on_drop that is slow; it is not called for more
 MAX_SPLIT_REQUESTS = 64  # for one rejected batch: isolates 3 bad logs in 250 with at most 49
 MAX_RETRY_AFTER = 300.0  # seconds the server may ask background senders to wait
-MAX_SERVICER_WAIT = (
-    30.0  # seconds a control-plane call waits for a Retry-After before it raises instead
-)
-BACKOFF_BASE = (
-    1.0  # seconds: the widest wait after the first failure, doubled with each further one
-)
+MAX_SERVICER_WAIT = 30.0  # seconds of a Retry-After above which a control-plane call raises
+BACKOFF_BASE = 1.0  # seconds at most after the first failure, doubled with each further one
 BACKOFF_CAP = 30.0  # seconds
-MAX_IDLE_SECONDS = (
-    50.0  # of a kept connection: below the 60 s after which common load balancers close it
-)
-REPORT_SECONDS = (
-    60.0  # between two log records about drops, so that a storm makes a handful of them
-)
+MAX_IDLE_SECONDS = 50.0  # of a kept connection: common load balancers close it after 60
+REPORT_SECONDS = 60.0  # between two log records about drops: a storm makes a handful of them
 SPOOL_RETRY_SECONDS = 30.0  # between two tries of a spool file that failed
 DEFAULT_API_ENDPOINT = "https://logs.chirrop.com/v1.0/logs"
 DEFAULT_SERVICER_ENDPOINT = "https://api.chirrop.com/v1.0"
@@ -114,7 +123,6 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from http.server import ThreadingHTTPServer
     from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
@@ -240,8 +248,8 @@ if TYPE_CHECKING:
         destination_id: str
         status: str
 
-    # One attempt, no retries: transport(method, url, body, headers, timeout) -> (status, body, headers).
-    # Any status is returned; a network failure is raised as an OSError.
+    # transport(method, url, body, headers, timeout) -> (status, body, headers)
+    # One attempt, no retries. Any status is returned; a network failure is raised as an OSError.
     Transport = Callable[
         [str, str, Optional[bytes], Mapping[str, str], float], tuple[int, bytes, Mapping[str, str]]
     ]
@@ -303,7 +311,7 @@ class ChirrOpRateLimitError(ChirrOpError):
 
 
 class ChirrOpServerError(ChirrOpError):
-    """A failure on the way or in the server that another attempt may mend (408, 502, 504, other 5xx)."""
+    """A failure on the way or in the server that may pass (408, 502, 504, other 5xx)."""
 
 
 class ChirrOpNonRetryableError(ChirrOpError):
@@ -359,7 +367,7 @@ def _show(value: object) -> str:
 
 
 def _without_key(exc: BaseException, key: str) -> BaseException:
-    """Clear the tracebacks of an exception chain, whose frames hold the key; withhold one that quotes it."""
+    """Return `exc` without tracebacks, whose frames hold the key; its stand-in if it quotes it."""
     link: BaseException | None = exc
     quoted, seen = False, set()
     while link is not None and id(link) not in seen:  # a chain may be a circle
@@ -371,27 +379,28 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
         except Exception:  # the application's own exception class
             quoted = True
         link = link.__cause__ or link.__context__
-    return (
-        ConnectionError(f"{type(exc).__name__}, whose text is withheld: it quotes the API key")
-        if quoted
-        else exc
-    )
+    if quoted:
+        return ConnectionError(
+            f"{type(exc).__name__}, whose text is withheld: it quotes the API key"
+        )
+    return exc
 
 
 def _masked(content: bytes, key: str) -> bytes:
-    """Return the beginning of an error's body without the key, however JSON escapes it: some servers echo it."""
+    """Return the beginning of an error's body without the key: some servers echo it, escaped."""
     content = content[:MAX_ERROR_BYTES]
-    if (
-        content.count(b"[") + content.count(b"{") > 1000
-    ):  # deep enough to overflow a small thread's stack
+    # This deep it overflows a small thread's stack.
+    if content.count(b"[") + content.count(b"{") > 1000:
         content = content[:1000]
     if b"\\u" in content:
         try:
             content = json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8", "replace")
         except (ValueError, RecursionError):
             content = content.replace(b"\\u", b"/u")
+    if not key:
+        return content
     quoted = json.dumps(key)[1:-1]
-    for form in (key, quoted, quoted.replace("/", "\\/")) if key else ():
+    for form in (key, quoted, quoted.replace("/", "\\/")):
         content = content.replace(form.encode(), b"***")
     return content
 
@@ -403,8 +412,8 @@ def _masked(content: bytes, key: str) -> bytes:
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _encode_text = _encoder.encode
 try:
-    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of cycles, so
-    # only what holds no containers is given to it.
+    # What _encoder.encode makes anew on each call, at two thirds of its cost. It keeps no track of
+    # cycles, so only what holds no containers is given to it.
     _pieces: Any = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
         None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
     )
@@ -414,20 +423,22 @@ _LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
-# RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6 (0100) and 2 of byte 8 (10).
+# RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6, which are 0100,
+# and 2 of byte 8, which are 10.
 _RANDOM_BITS = int.from_bytes(bytes.fromhex("ffffffffffff0fff3fffffffffffffff") * _BLOCK, "big")
 _FIXED_BITS = int.from_bytes(bytes.fromhex("00000000000040008000000000000000") * _BLOCK, "big")
 _NOT_MINTED: tuple[int, int, str, list[str]] = (-1, 0, "", [])
-_minted = _NOT_MINTED  # (second, process, ISO text, UUIDs not used yet); replaced as a whole, never edited
+# (second, process, ISO text, UUIDs not used yet); replaced as a whole, never edited.
+_minted = _NOT_MINTED
 
 
 def _mint(now: float) -> tuple[str, str]:
     """Return a random UUIDv4 and the ISO 8601 text of `now`.
 
-    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so UUIDs are
-    made in blocks. A block lives for one wall-clock second at most, which keeps a restored snapshot from
-    repeating ids, and belongs to one process, whether fork hooks run or not. uuid.uuid4 would add a third to
-    a log's cost.
+    os.urandom gives up the GIL on every call, which makes 8 logging threads half as fast as one; so
+    UUIDs are made in blocks. A block lives for one wall-clock second at most, which keeps a
+    restored snapshot from repeating ids, and belongs to one process, whether fork hooks run or not.
+    uuid.uuid4 would add a third to a log's cost.
     """
     global _minted
     second, pid = int(now), os.getpid()
@@ -435,9 +446,11 @@ def _mint(now: float) -> tuple[str, str]:
         minted_in, minter, text, block = _minted
         if minted_in == second and minter == pid and block:
             try:
-                return block.pop(), "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031  # half an f-string's cost
+                new_id = block.pop()
             except IndexError:  # another thread took the last one
                 continue
+            # At half an f-string's cost.
+            return new_id, "%s.%06dZ" % (text, (now - second) * 1e6)  # noqa: UP031
         if minted_in != second:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         _minted = (second, pid, text, _uuids())
@@ -458,7 +471,9 @@ def _number(value: Any) -> int | float:
     if type(value) is not bool and isinstance(value, numbers.Number):
         number: Any = value
         try:
-            return int(number) if isinstance(value, numbers.Integral) else float(number)
+            if isinstance(value, numbers.Integral):
+                return int(number)
+            return float(number)
         except Exception:  # complex, a signalling NaN, too large, a hostile subclass
             pass
     raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
@@ -491,7 +506,7 @@ def _canonical_id(log_id: object) -> str:
 
 
 def _parse_time(value: object) -> datetime:
-    """Return a datetime, or ISO 8601 text as isoformat, JavaScript and RFC 3339 write it, as aware UTC."""
+    """Return a datetime, or ISO 8601 text of isoformat, JavaScript or RFC 3339, as aware UTC."""
     moment = value
     try:
         if isinstance(value, str):
@@ -530,7 +545,8 @@ def _check_time(value: object, now: float) -> str:
     moment = _parse_time(value)
     if not -MAX_AHEAD_SECONDS <= now - moment.timestamp() <= MAX_AGE_SECONDS:
         raise ChirrOpValidationError(
-            f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {_show(value)}"
+            "occurred_at must lie within the last 30 days and at most 1 day ahead,"
+            f" got {_show(value)}"
         )
     return _iso(moment)
 
@@ -557,8 +573,10 @@ def _encode_meta(meta: object) -> str:
             " put the others into one of them"
         )
     try:
-        flat = type(meta) is dict and _FLAT.issuperset(map(type, meta.values()))
-        text = "".join(_pieces(meta, 0)) if flat else _encode_text(meta)
+        if type(meta) is dict and _FLAT.issuperset(map(type, meta.values())):
+            text = "".join(_pieces(meta, 0))
+        else:
+            text = _encode_text(meta)
     except Exception:
         text = _encode_json("meta", meta).decode()  # raises, with the reason
     if len(text) > MAX_META_BYTES // 4:  # a character takes at most 4 bytes
@@ -602,9 +620,11 @@ def _encode_log(
     if occurred_at is not None:
         at = _check_time(occurred_at, now)
     text = f'{{"log_id":"{new_id}","event":{_quote(event)},"value":{value!r},"occurred_at":"{at}"'
-    if agent is not None and (
-        agent := agent.strip() if type(agent) is str else _trimmed("agent", agent)
-    ):
+    if type(agent) is str:
+        agent = agent.strip()
+    elif agent is not None:
+        agent = _trimmed("agent", agent)
+    if agent:
         text += f',"agent":{_quote(agent)}'
     if meta is not None:
         text += f',"meta":{_encode_meta(meta)}'
@@ -621,14 +641,14 @@ class Log:
 
     Args:
         event: flat name, e.g. "tool.errors.count"; trimmed, not empty.
-        value: a finite real number, never a bool; Decimal, Fraction and NumPy scalars count as numbers.
-        agent: who produced it; trimmed, blank means none. `agent` + `event` name an event definition.
-        log_id: UUID (text or uuid.UUID), the idempotency key, the same on every resend; None or blank
-            makes a random one.
-        meta: anything that is strictly JSON-encodable, at most 1,024 bytes encoded; an object has at
-            most 10 top-level keys.
-        occurred_at: datetime (naive is taken as UTC) or ISO 8601 text, within the last 30 days and at
-            most 1 day ahead; None is the moment the log is made.
+        value: a finite real number (Decimal, Fraction and NumPy scalars, too), never a bool.
+        agent: who produced it; trimmed, blank means none. With `event` it names a definition.
+        log_id: UUID (text or uuid.UUID), the idempotency key, the same on every resend; None or
+            blank makes a random one.
+        meta: anything that is strictly JSON-encodable, at most 1,024 bytes encoded; an object has
+            at most 10 top-level keys.
+        occurred_at: datetime (naive is taken as UTC) or ISO 8601 text, within the last 30 days and
+            at most 1 day ahead; None is the moment the log is made.
 
     The arguments can be read back as attributes, in the form in which they are sent.
 
@@ -652,7 +672,7 @@ class Log:
         _set_body(self, _encode_log(time.time(), event, value, agent, log_id, meta, occurred_at))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the log as it is sent, as a new dict; `agent` and `meta` only if they were given."""
+        """Return the log as it is sent, as a new dict; without `agent` and `meta` if not given."""
         log: dict[str, Any] = json.loads(self._body)
         return log
 
@@ -683,7 +703,7 @@ _set_body = Log.__dict__["_body"].__set__  # past __setattr__, at a third of its
 
 
 def _restore_log(body: bytes) -> Log:
-    """Unpickle or copy a Log: its bytes were checked when it was made, and its time may be past by now."""
+    """Unpickle or copy a Log: it was checked when it was made, and may be too old by now."""
     log = Log.__new__(Log)
     _set_body(log, body)
     return log
@@ -709,10 +729,12 @@ class _SecretBytes(bytes):
 
 
 def _hidden(value: Any) -> Any:
-    """Return a key so that it does not show: a traceback with locals may show the frame that holds it."""
+    """Return a key so that it does not show where a traceback with locals shows its frame."""
+    if isinstance(value, str):
+        return _Secret(value)
     if isinstance(value, (bytes, bytearray)):
         return _SecretBytes(value)
-    return _Secret(value) if isinstance(value, str) else value
+    return value
 
 
 def _read_dotenv(name: str, path: str = ".env") -> str | None:
@@ -769,8 +791,10 @@ def _checked_key(api_key: object) -> _Secret:
 
 
 def _checked_endpoint(name: str, value: str | None, variable: str, default: str) -> str:
-    """Return an absolute http(s) URL without user info, query or fragment, and without a final slash."""
-    url = os.environ.get(variable) or default if value is None else value
+    """Return an absolute http(s) URL without user info, query, fragment and final slash."""
+    url = value
+    if url is None:
+        url = os.environ.get(variable) or default
     if url == default:
         return url
     import re
@@ -793,9 +817,11 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
         _, user_info, rest = url.rpartition("@")
         shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
+    if not value:
+        shown += f" from {variable}"
     raise ChirrOpValidationError(
         f"{name} must be an absolute http or https URL without user info, query or fragment,"
-        f" got {shown}{'' if value else f' from {variable}'}"
+        f" got {shown}"
     )
 
 
@@ -808,12 +834,8 @@ def _integer(name: str, value: object, low: int, high: int = sys.maxsize) -> int
 
 def _seconds(name: str, value: Any, *, zero: bool = True) -> float:
     """Return a duration of at most a day: longer waits overflow in some of the standard library."""
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and 0 <= value <= 86400
-        and (value or zero)
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value <= 86400 and (value or zero):
         return float(value)
     start = "from 0" if zero else "above 0 and"
     raise ChirrOpValidationError(f"{name} must be seconds {start} up to 86400, got {_show(value)}")
@@ -840,7 +862,8 @@ def _checked_level(value: object) -> int:
         import logging
 
         number = logging.getLevelName(value.strip().upper())
-        value = number if isinstance(number, int) else value
+        if isinstance(number, int):
+            value = number
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ChirrOpValidationError(
             f"log_level must be the number or the name of a logging level, got {_show(value)}"
@@ -849,28 +872,29 @@ def _checked_level(value: object) -> int:
 
 
 class Config:
-    """Settings of a client, checked when they are made; no client changes them, so one can serve many.
+    """Settings of a client, checked when they are made; one Config can serve many clients.
 
-    A pickled one travels without its key, and takes CHIRROP_API_KEY or ./.env where it is unpickled.
+    A pickled one travels without its key; where it is unpickled it takes CHIRROP_API_KEY or ./.env.
 
     Args:
         api_key: starts with "chp_"; else CHIRROP_API_KEY in the environment, else in ./.env.
         api_endpoint: full URL that takes logs; else CHIRROP_API_ENDPOINT, else the service's.
-        servicer_endpoint: base URL of the control plane; else CHIRROP_SERVICER_ENDPOINT, else the service's.
+        servicer_endpoint: the control plane's base URL; else CHIRROP_SERVICER_ENDPOINT, else the
+            service's.
         retries: further attempts for a batch before it counts as exhausted, from 0.
-        timeout: seconds for one attempt, from connecting to the answer's last byte, up to 86,400; also how
-            long `log` waits for room in a bounded queue. Looking up a host name is beyond a program's reach,
-            and a name with several dead addresses may take this long for each.
-        batch_size: queued logs that start a send at once, from 1; a request never carries more than 250.
+        timeout: seconds for one attempt, from connecting to the answer's last byte, up to 86,400;
+            also how long `log` waits for room in a bounded queue. Looking up a host name is beyond
+            a program's reach, and a name with several dead addresses may take this long for each.
+        batch_size: queued logs that start a send at once, from 1; a request carries 250 at most.
         flush_delay: seconds a log may wait for others to share its request.
         queue_size: logs held at most, in flight included; 0 is no limit.
         log_level: level of the logger "chirrop", a number or a name; NOTSET leaves it alone.
         servicer_retries: further attempts of a control-plane call, from 0.
-        on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" drops and reports it.
-        max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one at a time.
-        exit_timeout: seconds that all clients together may delay the end of the process, and that a client
-            may delay the end of a Lambda invocation, from 0.
-        transport: callable that makes one attempt in place of urllib (see the README); None is urllib.
+        on_exhausted: "keep" holds an exhausted batch and goes on trying; "drop" reports its loss.
+        max_senders: threads that send at once at most, 1 to 64; a backlog brings them, one by one.
+        exit_timeout: seconds that all clients together may delay the end of the process, and that a
+            client may delay the end of a Lambda invocation, from 0.
+        transport: callable that makes one attempt in place of urllib (see the README).
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
@@ -913,14 +937,14 @@ class Config:
         if ssl_context is not None:
             import ssl
 
-            _optional(
-                "ssl_context",
-                ssl_context,
-                "an ssl.SSLContext",
-                isinstance(ssl_context, ssl.SSLContext),
-            )
+            is_context = isinstance(ssl_context, ssl.SSLContext)
+            _optional("ssl_context", ssl_context, "an ssl.SSLContext", is_context)
+        if disabled and not api_key:
+            api_key = _Secret("")
+        else:
+            api_key = _checked_key(api_key)
         self.__dict__.update(
-            api_key=_Secret("") if disabled and not api_key else _checked_key(api_key),
+            api_key=api_key,
             api_endpoint=_checked_endpoint(
                 "api_endpoint", api_endpoint, "CHIRROP_API_ENDPOINT", DEFAULT_API_ENDPOINT
             ),
@@ -975,7 +999,8 @@ class Config:
     __delattr__ = __setattr__
 
     def __repr__(self) -> str:
-        return f"Config({', '.join(f'{name}={_show(value)}' for name, value in self.__dict__.items())})"
+        fields = [f"{name}={_show(value)}" for name, value in self.__dict__.items()]
+        return f"Config({', '.join(fields)})"
 
     def __copy__(self, _: object = None) -> Config:
         return self
@@ -987,7 +1012,7 @@ class Config:
 
 
 def _restore_config(fields: dict[str, Any]) -> Config:
-    """Return a Config from a pickle: brokers, schedulers and disks keep those, so a key is not in them."""
+    """Return a Config from a pickle, which has no key: brokers, schedulers and disks keep it."""
     try:
         return Config(**fields)
     except ChirrOpValidationError as exc:
@@ -1003,7 +1028,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   fill(batch)          put the oldest of them into an empty batch
 #   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
 #   stays(batch)         tell whether a batch's logs outlive this client
-#   tend()               do what takes its time; without the lock
+#   tend()               do what takes its time; without the lock; return seconds until more is due
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
 #   close()              end; without the lock
@@ -1018,7 +1043,7 @@ if TYPE_CHECKING:
 
 
 def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
-    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts this thread.
+    """Return work(*args), done under an RLock that is free afterwards, whatever interrupts it.
 
     A `with` alone leaves the lock taken when an exception strikes between its block and its exit,
     as Python 3.9 lets a signal handler do.
@@ -1035,21 +1060,27 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
 def _is_from_handler(exc: BaseException) -> bool:
     """Tell whether a signal handler raised an exception, on top of what it interrupted.
 
-    Its frame tells, not its type: a time limit may well be a TimeoutError.
+    Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
+    given the frame that it has interrupted.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    codes = set()
-    for number in signal.valid_signals():
-        handler: Any = signal.getsignal(number)
-        handler = getattr(handler, "func", handler)  # a functools.partial
-        call = getattr(type(handler), "__call__", None)  # noqa: B004  # an object's own code
-        codes |= {getattr(handler, "__code__", None), getattr(call, "__code__", None)}
     trace = exc.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
+    while trace is not None and trace.tb_next is not None:
+        for given in trace.tb_next.tb_frame.f_locals.values():
+            values = given if isinstance(given, tuple) else (given,)
+            if any(value is trace.tb_frame for value in values):
+                return True
         trace = trace.tb_next
+    return False
+
+
+def _is_inside(*codes: Any) -> bool:
+    """Tell whether one of these code objects is running further up this thread's stack."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        for code in codes:
+            if frame.f_code is code:
+                return True
+        frame = frame.f_back
     return False
 
 
@@ -1057,14 +1088,15 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before", "place", "spent",
+        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before",
+        "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
         self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
-        # The spool file that holds them, their ids there, and how many logs were read up to the last.
+        # The spool file that holds them, their ids there, and how many were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
         self.attempts, self.not_before, self.exhausted = 0, 0.0, False
@@ -1090,7 +1122,7 @@ def _move(logs: deque[bytes], batch: _Batch, limit: int) -> None:
 
     One call of C, which no signal handler can interrupt: a log is either here or there.
     """
-    batch.items.extend(map(deque.popleft, repeat(logs, min(limit, len(logs)))))
+    batch.items.extend(map(deque.popleft, itertools.repeat(logs, min(limit, len(logs)))))
 
 
 class _Memory:
@@ -1119,8 +1151,8 @@ class _Memory:
     def stays(self, batch: _Batch) -> bool:
         return False
 
-    def tend(self) -> None:
-        """There is nothing to tend."""
+    def tend(self) -> float | None:
+        return None
 
     def is_open(self) -> bool:
         return False
@@ -1137,7 +1169,7 @@ _SPOOL_VERSION = 2  # user_version; files of the first layout have 1, and no app
 _SPOOL_NAMES = 1000  # files of one spool at most: one for each process that writes at once
 _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
-_ADOPT_SECONDS = 5.0  # between two looks for what dead processes left
+_ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
     "BEGIN IMMEDIATE",
@@ -1253,7 +1285,7 @@ def _check_header(path: str) -> bool:
 
 
 class _SpoolFile:
-    """One file of a spool that this process holds: its lock, its connections, how far it is read."""
+    """A file of a spool that this process holds: lock, connections, how far it has been read."""
 
     def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
         self.path, self.lock = path, lock
@@ -1303,7 +1335,7 @@ class _SpoolFile:
     def close(self, removable: bool) -> None:
         """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
 
-        `side` stays open: its thread may be using it, and SQLite's Python side does not survive that.
+        `side` stays open: its thread may be using it, which the sqlite3 module does not survive.
         """
         conn = self.conn
         try:
@@ -1324,9 +1356,10 @@ class SqliteSpool:
     client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
     as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
-    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
-    so any number of processes may share a path on a local disk, and none waits for another. What a
-    dead process or a closed client left is sent by the next that opens the path or runs out of work.
+    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds
+    and in which nothing waits, so any number of processes may share a path on a local disk, and
+    none waits for another. What a dead process or a closed client left is sent by the next that
+    opens the path or runs out of work.
 
     A power loss may cost the commits of the last moments, since they are synced to the disk only
     now and then (SQLite's `synchronous=NORMAL`); "FULL" syncs each commit, at milliseconds a log.
@@ -1384,7 +1417,7 @@ class SqliteSpool:
         self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
-        self._adopt_at = 0.0
+        self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self._closed = False
         self.lost = 0  # logs in damaged files, to be accounted for
@@ -1529,7 +1562,7 @@ class SqliteSpool:
         return file
 
     def _usable(self) -> _SpoolFile | None:
-        """Return the file that this client writes to, opened if need be; None while there is none."""
+        """Return the file that this client writes to, opened if need be; None if there is none."""
         if self._closed:
             return None
         due = time.monotonic() >= self._retry_at
@@ -1605,9 +1638,11 @@ class SqliteSpool:
         self._puts += 1
 
     def level(self) -> int:
+        """Return how many logs have been put."""
         return self._puts
 
     def is_open(self) -> bool:
+        """Tell whether a file is held."""
         return bool(self._files())
 
     def _is_full(self, file: _SpoolFile) -> bool:
@@ -1625,6 +1660,7 @@ class SqliteSpool:
         return [file for file in (*self._orphans, self._own) if file is not None]
 
     def size(self) -> int:
+        """Return how many logs wait in the files held and in memory."""
         return len(self._inbox) + (0 if self._closed else self._rows())
 
     def _rows(self) -> int:
@@ -1632,6 +1668,7 @@ class SqliteSpool:
         return sum(sum(self._attempt(file, file.size, batches)) for file in self._files())
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
+        """Put the oldest logs into an empty batch; in a file they stay until it is settled."""
         for file in self._files():
             if file.count is not None and not batch.items and not self._closed:
                 self._attempt(file, file.fill, batch, self.batches())
@@ -1639,6 +1676,7 @@ class SqliteSpool:
             _move(self._inbox, batch, limit)
 
     def settle(self, batch: _Batch, error: str | None) -> None:
+        """Remove a batch's logs from their file, or make them dead letters."""
         file, ids, number = batch.place
         if file is None or file.conn is None:
             return
@@ -1646,17 +1684,19 @@ class SqliteSpool:
         statement = (_SQL_DELIVERED, span) if error is None else (_SQL_DROPPED, (error, *span))
         file.undone.append(statement)
         file.settled = max(file.settled, (ids[-1], number))
+        self._settled_at = time.monotonic()
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
+        """Tell whether a batch's logs are in a file."""
         file = batch.place[0]
         return file is not None and file.conn is not None
 
     def leave(self) -> int:
         """Store what can be stored, and return how many logs the next client on this path finds."""
         file = self._usable()
-        while file is not None and self._inbox and self._attempt(file, self._store_inbox, file):
-            pass
+        if file is not None:
+            self._attempt(file, self._store_inbox, file)
         left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
         self._closed = True  # what comes now is not stored, and what is in the files, not sent
         return left
@@ -1681,21 +1721,20 @@ class SqliteSpool:
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
-    def tend(self) -> None:
+    def tend(self) -> float | None:
         """Move logs from memory to the file, take over orphans, and keep the WAL small."""
-        _exclusively(self.tending, self._tend)
+        wait: float | None = _exclusively(self.tending, self._tend)
+        return wait
 
-    def _tend(self) -> None:
+    def _tend(self) -> float | None:
         while self._sides:
             self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is None:
-            return
-        while self._inbox and _exclusively(self.lock, self._attempt, file, self._store_inbox, file):
-            pass
-        if time.monotonic() >= self._adopt_at:
-            self._adopt_at = time.monotonic() + _ADOPT_SECONDS
-            self._take_over()
+            return None
+        if time.monotonic() >= self._retry_at:
+            _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
+        wait = self._look_around()
         for orphan in self._orphans:
             if orphan.count is None:
                 orphan.count = sum(self._attempt(orphan, self._count, orphan))
@@ -1703,12 +1742,24 @@ class SqliteSpool:
                 _exclusively(self.lock, self._let_go, orphan)
         if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
             self._checkpoint(file)
+        return wait
 
-    def _store_inbox(self, file: _SpoolFile) -> bool:
-        for _ in range(min(MAX_BATCH, len(self._inbox))):
+    def _look_around(self) -> float | None:
+        """Take over what dead processes left, after each spell of work, or say when to do so."""
+        if self._settled_at < self._looked_at:
+            return None
+        now = time.monotonic()
+        wait = self._looked_at + _ADOPT_SECONDS - now
+        if wait > 0:
+            return wait
+        self._looked_at = now
+        self._take_over()
+        return None
+
+    def _store_inbox(self, file: _SpoolFile) -> None:
+        while self._inbox:
             file.add(self._inbox[0])
             self._inbox.popleft()
-        return True
 
     @staticmethod
     def _count(orphan: _SpoolFile) -> int:
@@ -1824,7 +1875,8 @@ def _error_class(status: int) -> type[ChirrOpError]:
 def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float]) -> float:
     """Return seconds to wait after failed attempt `attempt` (1 is the first).
 
-    Full jitter, on top of the server's wait when it gave one: clients cut off together return apart.
+    Full jitter, on top of the server's wait when it gave one: clients cut off together return
+    apart.
     `rand` returns a float in [0, 1).
     """
     window = min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt - 1, 32))
@@ -1837,7 +1889,7 @@ def _random() -> float:
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None when it says nothing valid.
+    """Return the seconds of a Retry-After header, at most MAX_RETRY_AFTER; None if it has none.
 
     `now` is Unix seconds, for the header's other form, an HTTP date.
     """
@@ -1952,10 +2004,10 @@ def _proxy_advice(scheme: str) -> str:
 
 
 # ---- Outbox ---------------------------------------------------------------
-# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery and
-# the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an argument,
-# so a test can turn the clock by hand. What follows an answer is a pure function of _State, which is
-# replaced as a whole, under the lock.
+# In: the buffer's logs, and the answers to batches. Out: the next batch. All decisions on delivery
+# and the whole account are here, without threads, waiting or I/O but the buffer's: `now` is an
+# argument, so a test can turn the clock by hand. The state is replaced as a whole, under the lock:
+# whatever interrupts a step, either nothing has happened or all of it.
 
 
 if TYPE_CHECKING:
@@ -2066,6 +2118,7 @@ class _Outbox:
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
         buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
+        self.is_telling: Callable[[], bool] = lambda: False  # is this thread in on_drop?
         self._start()
 
     def _start(self) -> None:
@@ -2122,7 +2175,7 @@ class _Outbox:
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
         """Return the logs that on_drop is to get; None for those that it has logged itself."""
-        if self._config.on_drop is None or _is_inside(_Reporter.tell.__code__):
+        if self._config.on_drop is None or self.is_telling():
             return None
         return items
 
@@ -2236,7 +2289,7 @@ class _Outbox:
         elif verdict in (_RETRY, _HOLD):
             self._fail(state, batch, verdict, error, now)
         elif verdict == _REFUSED:
-            self._drop(state, batch, "refused", error)
+            self._drop(state._replace(failures=0), batch, "refused", error)
         else:
             self._split(state, batch, verdict, error)
         self._count_lost()
@@ -2271,20 +2324,21 @@ class _Outbox:
         attempts = batch.attempts + 1
         exhausted = verdict == _HOLD or attempts > self._config.retries
         if exhausted and self._config.on_exhausted == "drop":
-            return self._drop(state, batch, "exhausted", error)
+            self._drop(state, batch, "exhausted", error)
+            return
         # Others may be sent while an exhausted batch waits: the fault may be its own.
         again = batch.later(attempts, now + BACKOFF_CAP if exhausted else 0.0, exhausted)
         self.state = state._replace(batches=(again, *state.batches), retries=state.retries + 1)
 
     def _split(self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError) -> None:
         """Halve a rejected batch until the offending logs stand alone."""
-        state = state._replace(failures=0, last_error=error)
         count = len(batch.items)
-        if count == 1:
-            return self._drop(state, batch, "rejected", error)
+        state = state._replace(failures=0, last_error=error)
+        undecided = verdict == _SPLIT and batch.spent[0] + 2 > MAX_SPLIT_REQUESTS
+        if count == 1 or undecided:
+            self._drop(state, batch, "rejected" if count == 1 else "undecided", error)
+            return
         if verdict == _SPLIT:
-            if batch.spent[0] + 2 > MAX_SPLIT_REQUESTS:
-                return self._drop(state, batch, "undecided", error)
             batch.spent[0] += 2
         middle = (count + 1) // 2
         halves = batch.part(0, middle), batch.part(middle, count)
@@ -2369,7 +2423,7 @@ class _Outbox:
             )
 
     def sweep(self) -> None:
-        """Drop what was logged after the end, unless this interrupts somebody who may be doing it."""
+        """Drop what was logged after the end, unless this interrupts somebody who does it."""
         if not self.buffer.lock._is_owned():
             self._locked(self._sweep, "logged after close")
 
@@ -2424,19 +2478,21 @@ class _Outbox:
 
 # ---- Reporter and sender --------------------------------------------------
 # In: batches from the outbox. Out: one request per batch, and word of what was dropped.
-#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it; holds
-#                              no lock while a request is under way; runs no code of the application
-#                              but its transport, and imports nothing
-#   thread "chirrop-reporter"  now and then: runs on_drop, and the handlers of the logging module
+#   a caller of log()          encodes and puts: no lock in memory, one commit with a spool; rings
+#                              the bell if its log is the first of a batch, or makes one full
+#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it;
+#                              holds no lock while a request is under way; runs no code of the
+#                              application but its transport, and imports nothing
+#   thread "chirrop-reporter"  now and then: runs on_drop, and the logging module's handlers
 #   a caller of flush, close   waits; where no thread can be had it does the senders' work itself
-# Whether a thread is inside one of these is read from its stack: a flag could outlive an interrupted
-# call.
+# Whether a thread is inside one of these is read from its stack: a flag could outlive an
+# interrupted call.
 
 _WARNING, _ERROR, _INFO = 30, 40, 20  # the logging module's levels
 
 
 class _Bell:
-    """Wake a thread that waits, or the next one to wait; any code may ring it, a signal handler too.
+    """Wake a thread that waits, or the next one to wait; any code may ring it.
 
     A plain lock, because an Event is not re-entrant, and SimpleQueue.get(timeout) hangs for ever
     before Python 3.13 when its time is over before it has begun to wait.
@@ -2458,14 +2514,6 @@ class _Bell:
     def wait(self, timeout: float) -> bool:
         """Return True when it is rung, False after `timeout` seconds, which may be infinite."""
         return self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
-
-
-def _is_inside(*codes: Any) -> bool:
-    """Tell whether one of these code objects is running further up this thread's stack."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code not in codes:
-        frame = frame.f_back
-    return frame is not None
 
 
 class _Reporter:
@@ -2524,18 +2572,21 @@ class _Reporter:
         """Call on_drop for each drop that it has not heard of."""
         while self._on_drop is not None and self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
+            logs = [_decoded(item) for item in drop.items]
             try:
-                self._on_drop([_decoded(item) for item in drop.items], drop.error)
+                self._on_drop(logs, drop.error)
             except BaseException as exc:  # it is the application's code
-                if isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
+                trace = exc.__traceback__
+                ours = trace is None or trace.tb_next is None  # it has not even been called
+                if ours or isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
 
     def write(self, final: bool = False) -> None:
-        """Hand notes to the logger, and drops added up; returns at once inside a handler of its own."""
+        """Hand notes and drops, added up, to the logger; nothing inside one of its handlers."""
         unsaid = self._outbox.state.unsaid
-        if not self._notes and not unsaid or _is_inside(_Reporter._write.__code__):
+        if (not self._notes and not unsaid) or _is_inside(_Reporter._write.__code__):
             return
         if final or time.monotonic() >= self._next.get("drops", 0.0):
             self._write(unsaid)
@@ -2566,7 +2617,7 @@ def _start_thread(
     """Start a thread, which is in `threads` before it runs; False where there can be none.
 
     That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack,
-    in a uWSGI worker without threads.
+    in uWSGI. Not under a lock: with gevent, others run meanwhile.
     """
     if _exiting or _has_no_threads():
         return False
@@ -2581,14 +2632,17 @@ def _start_thread(
 
 
 def _has_no_threads() -> bool:
-    """Tell whether this is a uWSGI worker without threads: one could be made, but would never run."""
-    options = getattr(sys.modules.get("uwsgi"), "opt", None)
+    """Tell whether uWSGI forbids threads.
+
+    In its master, which forks in C, a busy one would hang the children; in a worker without its
+    `enable-threads` one could be made, but would never run.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")
+    options = getattr(uwsgi, "opt", None)
     if not isinstance(options, dict):
         return False
-    return not any(options.get(name) or options.get(name.encode()) for name in _UWSGI_THREADS)
-
-
-_UWSGI_THREADS = ("enable-threads", "threads")
+    enabled = any(options.get(name) for name in ("enable-threads", "threads"))
+    return not enabled or getattr(uwsgi, "worker_id", lambda: 1)() == 0
 
 
 class _Sender:
@@ -2603,6 +2657,7 @@ class _Sender:
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(outbox, config)
+        outbox.is_telling = lambda: _is_inside(_Reporter.tell.__code__)
         self.owner: Callable[[], object] = lambda: self  # the weak reference to the client
         self._start()
 
@@ -2675,36 +2730,38 @@ class _Sender:
             self._spawn()
 
     def _ring(self) -> None:
-        """Wake the sender that waits, if there is one: a bell that was rung means it need not be."""
+        """Wake the sender that waits, if there is one: else put() would take it for awake."""
         if self._alive():
             self._bell.ring()
 
     def _alive(self) -> bool:
+        """Tell whether there is a sender, in the world in which this thread runs."""
+        if type(self._lead) is not type(threading.Lock()):
+            # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
+            bell = self._bell
+            self._threads, self._wake_at = [], 1.0
+            self._lead, self._bell = threading.Lock(), _Bell()
+            bell.ring()  # a sender that waits in the other world ends
         return any(thread.is_alive() for thread in self._threads)
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        _exclusively(self.outbox.buffer.lock, self._spawn_one)
-
-    def _spawn_one(self) -> None:
         threads = self._threads
         threads[:] = [thread for thread in threads if thread.is_alive()]
         if len(threads) >= self.outbox.state.width:
             return
-        if type(self._lead) is not type(threading.Lock()):
-            # gevent or eventlet has patched threading since: what a greenlet waits on must be theirs.
-            self._lead, self._bell = threading.Lock(), _Bell()
         _close_with_multiprocessing()
+        if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
+            importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
         name = f"chirrop-sender-{len(threads) + 1}"
-        if not _start_thread(
-            threads, self._run, name, threads
-        ):  # flush, close and exit send in their own thread; see again with the next batch
+        if _start_thread(threads, self._run, name, threads):
+            return
+        # flush, close and exit send in their own thread.
+        if _has_no_threads():
+            text = "uWSGI has no threads here (see its enable-threads)"
+            self.report.note("uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only")
+        else:  # look again with the next batch
             self._wake_at = self.outbox.buffer.level() + self._config.batch_size
-            if _has_no_threads():
-                text = "uWSGI runs without threads (see its enable-threads)"
-                self.report.note(
-                    "uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only"
-                )
 
     def _run(self, threads: list[threading.Thread]) -> None:
         """Send until the client is closed; `threads` is another list in a forked child, into which
@@ -2713,12 +2770,12 @@ class _Sender:
             while self._threads is threads and self._turn(threads):
                 pass
         except BaseException:
-            pass  # a worker's abort, raised in here: this sender ends, and the next log starts another
+            pass  # a worker's abort, raised in here: the next log starts another sender
         finally:
+            self.outbox.release(threading.get_ident())
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
-                self.outbox.release(threading.get_ident())
                 for _, bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 
@@ -2739,18 +2796,19 @@ class _Sender:
         """Wait for the next batch; None when there is nothing more to do."""
         outbox = self.outbox
         while self._threads is threads and not outbox.state.stopped:
-            outbox.buffer.tend()
+            look_in = outbox.buffer.tend()
             batch = outbox.take(self._clock(), threading.get_ident())
             if batch is not None:
                 return batch
             if self.owner() is None and not outbox.held():
                 self.shut(True, 0.0)
                 break
-            self.report.kick()
+            self._tell()  # a look into the buffer may have ended a wait, too
             self._wake_at = outbox.wake_level(self._clock())
-            wait = outbox.due_in(self._clock())
-            if wait != 0.0:
-                self._bell.wait(math.inf if wait is None else wait)
+            waits = [outbox.due_in(self._clock()), look_in]
+            wait = min((wait for wait in waits if wait is not None), default=math.inf)
+            if wait > 0:
+                self._bell.wait(wait)
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
@@ -2885,7 +2943,7 @@ class _Sender:
         self.wake()
 
     def abandon(self, _: object = None, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """The client was garbage-collected: send what is held, then end. Called by the collector."""
+        """Send what is held, then end: the client is gone. Called by the garbage collector."""
         if ending():  # the exit hook has run, and the names of this module are going
             return
         if self._threads:
@@ -2939,7 +2997,7 @@ def _at_exit() -> None:
 
 
 def _close_with_multiprocessing() -> None:
-    """Let a child of multiprocessing close its clients: it ends by os._exit, past all exit hooks."""
+    """Let a child of multiprocessing close its clients: it ends by os._exit, past exit hooks."""
     util: Any = sys.modules.get("multiprocessing.util")
     if util is not None and _finalizing.get("pid") != os.getpid():
         _finalizing["pid"] = os.getpid()
@@ -2990,8 +3048,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 
 
 # ---- Transport ------------------------------------------------------------
-# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no retries,
-# from any number of threads. The key travels only in the headers of this section.
+# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no
+# retries, from any number of threads. The key travels only in the headers of this section.
 
 
 class _NeverSent(ConnectionError):
@@ -3001,7 +3059,7 @@ class _NeverSent(ConnectionError):
 
 
 class _TimedSocket(io.RawIOBase):
-    """Read a socket until a deadline for everything: a socket's own time-out starts anew with each byte."""
+    """Read a socket until one deadline: its own time-out would start anew with each byte."""
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock, self._deadline, self.ended = sock, deadline, False
@@ -3018,9 +3076,8 @@ class _TimedSocket(io.RawIOBase):
         now = time.monotonic()
         if now >= self._deadline:
             raise TimeoutError("the answer did not end in time")
-        if (
-            now - self._armed_at > 0.05
-        ):  # setting it gives up the GIL, which a busy application is slow to return
+        # Not each time: to set it gives up the GIL, which a busy application is slow to return.
+        if now - self._armed_at > 0.05:
             self._sock.settimeout(self._deadline - now)
             self._armed_at = now
         count: int | None = self._raw.readinto(buffer)
@@ -3033,7 +3090,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 def _awake_clock() -> float:
-    """Return seconds that go on counting while the machine is suspended, where it has such a clock."""
+    """Return seconds that also count while the machine is suspended, where a clock has them."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.time()
@@ -3042,10 +3099,10 @@ def _awake_clock() -> float:
 class _UrllibTransport:
     """The default transport: urllib.request with connections that are kept and verified TLS.
 
-    urllib closes every connection after one answer; the handler in this opener keeps them in a pool, one
-    for each request that was under way at once. Proxies come from the environment. There is no handler for
-    redirects, files or FTP. A request with the header `Connection: close` gets a connection of its own,
-    never a kept one: its fate must be clear.
+    urllib closes every connection after one answer; the handler in this opener keeps them in a
+    pool, one for each request that was under way at once. Proxies come from the environment. There
+    is no handler for redirects, files or FTP. A request with the header `Connection: close` gets a
+    connection of its own, never a kept one: its fate must be clear.
     """
 
     def __init__(self, ssl_context: Any = None) -> None:
@@ -3073,7 +3130,7 @@ class _UrllibTransport:
         return answer
 
     def _build(self) -> Any:
-        """Make the opener with the first request: urllib and ssl are imported then, not with this module."""
+        """Make the opener with the first request: urllib and ssl are imported no earlier."""
         import urllib.request
 
         transport = self
@@ -3091,9 +3148,8 @@ class _UrllibTransport:
                 opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
                 opener.add_handler(urllib.request.ProxyHandler())
                 opener.add_handler(Handler())
-                opener.add_handler(
-                    urllib.request.UnknownHandler()
-                )  # refuses all but http and https
+                # Refuses all but http and https.
+                opener.add_handler(urllib.request.UnknownHandler())
                 self._opener = opener
         return self._opener
 
@@ -3101,8 +3157,9 @@ class _UrllibTransport:
         """Send on a kept connection if there is one; on a new one if that turns out to be dead."""
         deadline = time.monotonic() + request.timeout
         place = (request.type, request.host, request._tunnel_host or "")
-        own = request.get_header("Connection", "").lower() == "close"
-        connection = None if own else self._checkout(place)
+        connection = None
+        if request.get_header("Connection", "").lower() != "close":
+            connection = self._checkout(place)
         if connection is not None:
             try:
                 return self._talk(connection, request, deadline, place)
@@ -3219,9 +3276,8 @@ class _UrllibTransport:
         except (OSError, http.client.HTTPException, ValueError) as exc:
             if _is_from_handler(exc):
                 raise
-            raise _NeverSent(
-                f"cannot connect to {request.host}: {str(exc) or type(exc).__name__}"
-            ) from exc
+            reason = str(exc) or type(exc).__name__
+            raise _NeverSent(f"cannot connect to {request.host}: {reason}") from exc
         return connection
 
     def _ssl_context(self) -> Any:
@@ -3230,13 +3286,11 @@ class _UrllibTransport:
                 try:
                     import ssl
                 except ImportError as exc:
-                    raise OSError(
-                        f"https needs the ssl module, which this Python lacks: {exc}"
-                    ) from exc
+                    reason = f"https needs the ssl module, which this Python lacks: {exc}"
+                    raise OSError(reason) from exc
                 self._context = ssl.create_default_context()
-                self._context.minimum_version = (
-                    ssl.TLSVersion.TLSv1_2
-                )  # Python 3.9 leaves it to OpenSSL
+                # Python 3.9 leaves it to OpenSSL.
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context.set_alpn_protocols(["http/1.1"])
             return self._context
 
@@ -3256,7 +3310,7 @@ class _UrllibTransport:
         return None
 
     def after_fork(self) -> None:
-        """Close this process's copies of the parent's sockets; the parent's connections stay open."""
+        """Close this process's copies of the parent's sockets; its connections stay open."""
         self._pid, self._lock = os.getpid(), threading.Lock()
         idle, self._idle = self._idle, {}
         busy, self._busy = self._busy, set()
@@ -3275,7 +3329,7 @@ class _UrllibTransport:
 
 
 def _has_input(sock: Any) -> bool:
-    """Tell whether an idle connection has something to read: the server closed it, or never was in step."""
+    """Tell whether an idle connection has input: the server closed it, or was never in step."""
     if getattr(sock, "pending", int)():  # TLS has it already
         return True
     import select
@@ -3300,7 +3354,9 @@ class _Link:
         names = ["logging", "email.utils", "http"]
         if isinstance(self._transport, _UrllibTransport):
             names += ["select", "http.client", "urllib.request", "encodings.idna", "ssl"]
-        for name in names if not config.disabled else ():
+        if config.disabled:
+            names = []
+        for name in names:
             try:
                 importlib.import_module(name)
             except ImportError:  # not every Python has ssl; what needs it says so
@@ -3315,8 +3371,9 @@ class _Link:
         repeatable: bool = True,
         answers: list[Any] | None = None,
     ) -> _Answer:
-        """Return the answer to one request; it is in `answers`, too, before anything can interrupt."""
-        answers = [] if answers is None else answers
+        """Return the answer to one request; `answers` has it before anything can interrupt."""
+        if answers is None:
+            answers = []
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -3373,6 +3430,31 @@ def _path(*segments: str) -> str:
         except UnicodeEncodeError as exc:
             raise ChirrOpValidationError(f"id must be valid Unicode, got {_show(segment)}") from exc
     return "/" + "/".join(encoded)
+
+
+def _checked_path(path: object) -> str:
+    """Return the path of a request without its outer slashes."""
+    if isinstance(path, str):
+        segments = path.strip("/").split("/")
+        is_clean = all("!" <= c <= "~" and c not in "?#\\" for c in path)
+        if is_clean and {"", ".", ".."}.isdisjoint(segments):
+            return path.strip("/")
+    raise ChirrOpValidationError(
+        f"path must be encoded segments without a query, got {_show(path)}"
+    )
+
+
+def _query(parameters: Mapping[str, Any]) -> str:
+    """Return the query of a URL with its question mark; "" if there is nothing to ask."""
+    import urllib.parse
+
+    pairs = []
+    for name, value in parameters.items():
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if value is not None:
+            pairs.append((name, value))
+    return "?" * bool(pairs) + urllib.parse.urlencode(pairs)
 
 
 _POLICY_RULES = {
@@ -3436,10 +3518,11 @@ def _seconds_left(context: Any) -> float:
 class Client:
     """Send logs in the background and make every control-plane call.
 
-    Threads start with the first log, not with the client. As a context manager it is closed at the end.
+    Threads start with the first log, not with the client. A with block closes it at its end.
 
-    Control-plane methods block the calling thread for up to `timeout` seconds per attempt, may be called from
-    any thread, take ids as strings (the service's are UUIDs), return parsed JSON and raise as `request` does.
+    Control-plane methods block and raise as `request` does, which makes their calls; the routes in
+    their docstrings are below `Config.servicer_endpoint`. They may be called from any thread, take
+    ids as strings (the service's are UUIDs) and return parsed JSON.
 
     Args:
         config: a Config; None makes one from the environment.
@@ -3460,8 +3543,10 @@ class Client:
         spool: Any = config.spool
         if config.disabled or spool is None:
             buffer: Any = _Memory()
+        elif isinstance(spool, (str, os.PathLike)):
+            buffer = SqliteSpool(spool)
         else:
-            buffer = SqliteSpool(spool) if isinstance(spool, (str, os.PathLike)) else spool.fresh()
+            buffer = spool.fresh()
         self._outbox = _Outbox(buffer, config)
         self._sender = _Sender(self._outbox, self._link, config)
         buffer.warn = lambda text, note=self._sender.report.note: note("spool", _WARNING, text)
@@ -3491,16 +3576,16 @@ class Client:
         """Queue one log for sending and return at once; the network is never touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
-        finaliser or logging handler. With a spool the log is on disk when this returns. With a bounded
-        queue that is full it waits up to `Config.timeout` seconds for room. After close() the log is
-        dropped and reported.
+        finaliser or logging handler. With a spool the log is on disk when this returns. With a
+        bounded queue that is full it waits up to `Config.timeout` seconds for room. After close()
+        the log is dropped and reported.
 
         Args:
             entry: a Log, and nothing else.
 
         Raises:
             ChirrOpValidationError: `entry` is not a Log.
-            ChirrOpQueueFullError: the bounded queue or the spool had no room in time; the log was not accepted.
+            ChirrOpQueueFullError: the bounded queue or the spool had no room in time.
         """
         if misplaced or (type(entry) is not Log and not isinstance(entry, Log)):
             raise _no_log(entry, *misplaced)
@@ -3547,15 +3632,16 @@ class Client:
     def flush(self, timeout: float | None = None) -> bool:
         """Send what was queued before this call, now, and wait for it.
 
-        Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those logs was
-        delivered or dropped, or one full cycle of retries has failed, or the time is up. Logs queued
-        meanwhile do not keep it waiting. Any thread. From on_drop, and from a signal handler or finaliser that
-        interrupted the SDK itself, it returns at once. For dropped logs, on_drop may still run when it returns;
-        close() waits for that.
+        Neither `flush_delay` nor a backoff in progress is waited for. Blocks until each of those
+        logs was delivered or dropped, or one full cycle of retries has failed, or the time is up.
+        Logs queued meanwhile do not keep it waiting. Any thread. From on_drop, and from a signal
+        handler or finaliser that interrupted the SDK itself, it returns at once. For dropped logs,
+        on_drop may still run when it returns; close() waits for that.
 
         Args:
-            timeout: seconds, 0 to 86,400; None waits for the outcome: with the default retries and a dead
-                server a minute or two, more where attempts time out or the server asks for pauses.
+            timeout: seconds, 0 to 86,400; None waits for the outcome: with the default retries and
+                a dead server a minute or two, more where attempts time out or the server asks for
+                pauses.
 
         Returns:
             True only if all of those logs were delivered. What was not stays queued.
@@ -3567,10 +3653,10 @@ class Client:
         return sender.flush(sender.deadline(limit))
 
     def close(self, timeout: float | None = None) -> bool:
-        """Flush, then end the threads and close the connections; further logs are dropped and reported.
+        """Flush, end the threads, close the connections; drop and report what is logged later.
 
-        What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks like flush;
-        from on_drop it does not wait. Calling it again does nothing. Any thread.
+        What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks
+        like flush; from on_drop it does not wait. Calling it again does nothing. Any thread.
 
         Args:
             timeout: seconds for the flush, 0 to 86,400; None waits for the outcome, see flush.
@@ -3591,11 +3677,12 @@ class Client:
     def send_logs(self, entries: Iterable[Log] | Log) -> None:
         """Deliver logs now, in this thread, past the queue and the spool.
 
-        POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated attempts
-        per request; close() cuts the waits short.
+        POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated
+        attempts per request; close() cuts the waits short.
 
         Args:
-            entries: Logs, or one. When a request fails, those before it were delivered and those after it not sent.
+            entries: Logs, or one. When a request fails, the ones before it were delivered and the
+                ones after it not sent.
 
         Raises:
             ChirrOpValidationError: an entry is not a Log; nothing was sent.
@@ -3619,7 +3706,7 @@ class Client:
         return self._here().outbox.stats()
 
     def _here(self) -> _Sender:
-        """Return the sender, which starts anew in a child of a fork that did not run Python's hooks."""
+        """Return the sender, made anew in a child of a fork that did not run Python's hooks."""
         if self._sender.pid != os.getpid():
             _after_fork()
         return self._sender
@@ -3629,10 +3716,10 @@ class Client:
     ) -> _Timer:
         """Return a context manager and decorator that logs the elapsed milliseconds as `event`.
 
-        `meta` gains "result": "success", or "error" when an exception passes through. Decorates plain and
-        async functions; each call is measured on its own. Where the beginning and the end are in
-        two places, like the hooks of a web framework, start() and stop() do the same. What cannot
-        be logged is dropped and reported, as by try_log.
+        `meta` gains "result": "success", or "error" when an exception passes through. Decorates
+        plain and async functions; each call is measured on its own. Where the beginning and the end
+        are in two places, like the hooks of a web framework, start() and stop() do the same. What
+        cannot be logged is dropped and reported, as by try_log.
 
             with client.timer("task.duration_ms"): ...
             @client.timer("task.duration_ms", agent="worker")
@@ -3650,12 +3737,13 @@ class Client:
         return _Timer(self, event, agent, meta)
 
     def lambda_handler(self, handler: _F) -> _F:
-        """Decorate an AWS Lambda handler: flush before each invocation ends, within its remaining time.
+        """Decorate an AWS Lambda handler: flush before an invocation ends, in its remaining time.
 
-        Nothing is done when nothing is queued. What cannot be sent in time stays queued for the next
-        invocation. The handler's result and errors pass through untouched. A server that does not answer
-        costs an invocation `exit_timeout` seconds at most, and a tenth of that from the second one on,
-        until something gets through; 0.2 s of the remaining time are left for the return itself.
+        Nothing is done when nothing is queued. What cannot be sent in time stays queued for the
+        next invocation. The handler's result and errors pass through untouched. A server that does
+        not answer costs an invocation `exit_timeout` seconds at most, and a tenth of that from the
+        second one on, until something gets through; 0.2 s of the remaining time are left for the
+        return itself.
         """
         import functools
 
@@ -3702,10 +3790,10 @@ class Client:
     ) -> Any:
         """Make one control-plane call; every other method goes through this one.
 
-        Blocks, in this thread, for at most `timeout` seconds per attempt, with up to `servicer_retries`
-        further attempts. Reads, PUTs and alert transitions are repeated after a network failure, 408, 429,
-        502, 504 or another 5xx; any other call only on 429 or when no connection could be made, because
-        what became of it is unknown.
+        Blocks, in this thread, for at most `timeout` seconds per attempt, with up to
+        `servicer_retries` further attempts. Reads, PUTs and alert transitions are repeated after a
+        network failure, 408, 429, 502, 504 or another 5xx; any other call only on 429 or when no
+        connection could be made, because what became of it is unknown.
 
         Args:
             method: e.g. "GET".
@@ -3718,10 +3806,11 @@ class Client:
 
         Raises:
             ChirrOpValidationError: an argument breaks a rule; nothing was sent.
-            ChirrOpBadRequestError, ChirrOpUnauthorizedError, ChirrOpForbiddenError, ChirrOpNotFoundError,
-                ChirrOpInternalServerError, ChirrOpServiceUnavailableError: by status; not repeated.
-            ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed, or one
-                may not be repeated, or the server asks to wait for more than 30 s.
+            ChirrOpBadRequestError, ChirrOpUnauthorizedError, ChirrOpForbiddenError,
+                ChirrOpNotFoundError, ChirrOpInternalServerError, ChirrOpServiceUnavailableError: by
+                status; not repeated.
+            ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed,
+                or one may not be repeated, or the server asks to wait for more than 30 s.
             ChirrOpError: the client is disabled.
         """
         if self.config.disabled and not self.config.api_key:
@@ -3730,22 +3819,7 @@ class Client:
             )
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
-        segments = path.strip("/").split("/") if isinstance(path, str) else [""]
-        clean = all("!" <= c <= "~" and c not in "?#\\" for segment in segments for c in segment)
-        if not clean or not {"", ".", ".."}.isdisjoint(segments):
-            raise ChirrOpValidationError(
-                f"path must be encoded segments without a query, got {_show(path)}"
-            )
-        url = f"{self.config.servicer_endpoint}/{path.strip('/')}"
-        pairs = [
-            (k, str(v).lower() if isinstance(v, bool) else v)
-            for k, v in (query or {}).items()
-            if v is not None
-        ]
-        if pairs:
-            import urllib.parse
-
-            url += "?" + urllib.parse.urlencode(pairs)
+        url = f"{self.config.servicer_endpoint}/{_checked_path(path)}{_query(query or {})}"
         data = None if body is None else _encode_json("body", body)
         method = method.upper()
         repeatable = _is_repeatable(method, path)
@@ -3789,28 +3863,22 @@ class Client:
     # Events, their logs and analytics.
 
     def list_events(self) -> list[Event]:
-        """Return all event definitions.
-
-        GET /v1.0/events
-        """
-        return self.request("GET", "/events")  # type: ignore[no-any-return]
+        """Return all event definitions: GET /v1.0/events."""
+        return self.request("GET", "/events")
 
     def create_event(self, payload: Mapping[str, Any]) -> Event:
-        """Create an event definition and return it; unknown ones are also made by their first log.
+        """Create an event definition and return it; a log of a new event makes one, too.
 
-        POST /v1.0/events; not repeated when the outcome is unknown.
+        POST /v1.0/events
 
         Args:
             payload: Event fields: event, agent, title, description, unit, timezone, public.
         """
-        return self.request("POST", "/events", body=_payload(payload, {}))  # type: ignore[no-any-return]
+        return self.request("POST", "/events", body=_payload(payload, {}))
 
     def get_event(self, event_id: str) -> Event:
-        """Return one event definition.
-
-        GET /v1.0/events/{event_id}
-        """
-        return self.request("GET", _path("events", event_id))  # type: ignore[no-any-return]
+        """Return one event definition: GET /v1.0/events/{event_id}."""
+        return self.request("GET", _path("events", event_id))
 
     def update_event(self, event_id: str, payload: Mapping[str, Any]) -> Event:
         """Change an event definition and return it.
@@ -3821,7 +3889,7 @@ class Client:
             event_id: which one; an id in the payload has no say.
             payload: title, description, unit, timezone, public or agent.
         """
-        return self.request("PUT", _path("events", event_id), body=_payload(payload, {}))  # type: ignore[no-any-return]
+        return self.request("PUT", _path("events", event_id), body=_payload(payload, {}))
 
     def find_event(self, event: str, agent: str | None = None) -> Event | None:
         """Return the definition with this name, or None.
@@ -3830,7 +3898,7 @@ class Client:
 
         Args:
             event: flat name, trimmed.
-            agent: its agent; without one, the definition that has no agent, else the only one of that name.
+            agent: its agent; None: the definition without one, else the only one of that name.
 
         Raises:
             ChirrOpValidationError: no agent was given and several have an event of this name.
@@ -3839,8 +3907,10 @@ class Client:
         wanted = _trimmed("agent", agent) if agent is not None else ""
         same = [found for found in self.list_events() if found.get("event") == name]
         exact = [found for found in same if (found.get("agent") or "") == wanted]
-        if exact or wanted or not same:
-            return exact[0] if exact else None
+        if exact:
+            return exact[0]
+        if wanted or not same:
+            return None
         if len(same) > 1:
             agents = ", ".join(sorted(str(found.get("agent")) for found in same))
             raise ChirrOpValidationError(
@@ -3862,15 +3932,12 @@ class Client:
             offset: rollups to skip, from 0.
         """
         query = {"period": _choice("period", period, _PERIODS), **_page(limit, offset)}
-        return self.request("GET", _path("events", event_id, "logs"), query)  # type: ignore[no-any-return]
+        return self.request("GET", _path("events", event_id, "logs"), query)
 
     def iter_event_logs(
         self, event_id: str, period: Period, page_size: int = 100
     ) -> Iterator[Rollup]:
-        """Yield all of an event's rollups, fetching `page_size` of them at a time; see get_event_logs.
-
-        GET /v1.0/events/{event_id}/logs
-        """
+        """Yield all of an event's rollups, `page_size` to a request; see get_event_logs."""
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
     def get_event_analytics(
@@ -3880,60 +3947,48 @@ class Client:
         period: Window = "1h",
         previous: Previous = "previous_window",
     ) -> Analytics:
-        """Return an event's window that ends now, compared with an earlier one; `data` is None without logs.
+        """Return an event's window that ends now, compared with an earlier one.
 
-        GET /v1.0/events/{event_id}/analytics
+        GET /v1.0/events/{event_id}/analytics; `data` is None where neither has logs.
 
         Args:
             event_id: which event.
             view: "window".
             period: "1h", "1d", "7d" or "1m".
-            previous: "previous_window", "previous_1d", "previous_7d" or "previous_1m"; not shorter than the
-                period, and "previous_window" rather than a window of the period's own length.
+            previous: "previous_window", or what is longer than the period of "previous_1d",
+                "previous_7d" and "previous_1m".
         """
-        query = {
-            "view": _choice("view", view, _VIEWS),
-            "period": _choice("period", period, _WINDOWS),
-        }
-        query["previous"] = _choice(
-            f"previous of period {period}", previous, _ANALYTICS_PAIRS[period]
-        )
-        return self.request("GET", _path("events", event_id, "analytics"), query)  # type: ignore[no-any-return]
+        _choice("view", view, _VIEWS)
+        _choice("period", period, _WINDOWS)
+        _choice(f"previous of period {period}", previous, _ANALYTICS_PAIRS[period])
+        query = {"view": view, "period": period, "previous": previous}
+        return self.request("GET", _path("events", event_id, "analytics"), query)
 
     # Policies.
 
     def list_policies(self) -> list[Policy]:
-        """Return all policies.
-
-        GET /v1.0/policies
-        """
-        return self.request("GET", "/policies")  # type: ignore[no-any-return]
+        """Return all policies: GET /v1.0/policies."""
+        return self.request("GET", "/policies")
 
     def create_policy(self, payload: Mapping[str, Any]) -> Policy:
         """Create a policy, a rule that raises alerts, and return it.
 
-        POST /v1.0/policies; not repeated when the outcome is unknown.
+        POST /v1.0/policies
 
         Args:
             payload: Policy fields: event_id, period, aggregate, condition, threshold; and title,
                 description, channel, severity, enabled.
         """
-        return self.request("POST", "/policies", body=_payload(payload, _POLICY_RULES))  # type: ignore[no-any-return]
+        return self.request("POST", "/policies", body=_payload(payload, _POLICY_RULES))
 
     def get_policy(self, policy_id: str) -> Policy:
-        """Return one policy.
-
-        GET /v1.0/policies/{policy_id}
-        """
-        return self.request("GET", _path("policies", policy_id))  # type: ignore[no-any-return]
+        """Return one policy: GET /v1.0/policies/{policy_id}."""
+        return self.request("GET", _path("policies", policy_id))
 
     def update_policy(self, policy_id: str, payload: Mapping[str, Any]) -> Policy:
-        """Change some fields of a policy and return it.
-
-        PUT /v1.0/policies/{policy_id}
-        """
+        """Change a policy and return it: PUT /v1.0/policies/{policy_id}."""
         body = _payload(payload, _POLICY_RULES)
-        return self.request("PUT", _path("policies", policy_id), body=body)  # type: ignore[no-any-return]
+        return self.request("PUT", _path("policies", policy_id), body=body)
 
     # Alerts.
 
@@ -3946,14 +4001,11 @@ class Client:
             status: "triggered", "acknowledged", "resolved" or "archived".
         """
         query = {} if status is None else {"status": _choice("status", status, _ALERT_STATUSES)}
-        return self.request("GET", "/alerts", query)  # type: ignore[no-any-return]
+        return self.request("GET", "/alerts", query)
 
     def get_alert(self, alert_id: str) -> Alert:
-        """Return one alert: the rule that fired, what it saw, and where it stands.
-
-        GET /v1.0/alerts/{alert_id}
-        """
-        return self.request("GET", _path("alerts", alert_id))  # type: ignore[no-any-return]
+        """Return one alert: GET /v1.0/alerts/{alert_id}."""
+        return self.request("GET", _path("alerts", alert_id))
 
     def get_alert_deliveries(
         self,
@@ -3975,82 +4027,61 @@ class Client:
         """
         query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
         query.update(_page(limit, offset))
-        return self.request("GET", _path("alerts", alert_id, "deliveries"), query)  # type: ignore[no-any-return]
+        return self.request("GET", _path("alerts", alert_id, "deliveries"), query)
 
     def iter_alert_deliveries(
         self, alert_id: str, kind: DeliveryKind | None = None, page_size: int = 100
     ) -> Iterator[Delivery]:
-        """Yield all deliveries of an alert, fetching `page_size` at a time; see get_alert_deliveries.
-
-        GET /v1.0/alerts/{alert_id}/deliveries
-        """
+        """Yield all deliveries of an alert, `page_size` to a request; see get_alert_deliveries."""
         return _pages(
             lambda offset: self.get_alert_deliveries(alert_id, page_size, offset, kind=kind)
         )
 
     def acknowledge_alert(self, alert_id: str) -> Alert:
-        """Mark an alert as seen and return it.
-
-        POST /v1.0/alerts/{alert_id}/acknowledge
-        """
-        return self.request("POST", _path("alerts", alert_id, "acknowledge"))  # type: ignore[no-any-return]
+        """Mark an alert as seen and return it: POST /v1.0/alerts/{alert_id}/acknowledge."""
+        return self.request("POST", _path("alerts", alert_id, "acknowledge"))
 
     def resolve_alert(self, alert_id: str) -> Alert:
-        """Mark an alert as dealt with and return it.
-
-        POST /v1.0/alerts/{alert_id}/resolve
-        """
-        return self.request("POST", _path("alerts", alert_id, "resolve"))  # type: ignore[no-any-return]
+        """Mark an alert as dealt with and return it: POST /v1.0/alerts/{alert_id}/resolve."""
+        return self.request("POST", _path("alerts", alert_id, "resolve"))
 
     def archive_alert(self, alert_id: str) -> Alert:
-        """Put an alert away and return it.
-
-        POST /v1.0/alerts/{alert_id}/archive
-        """
-        return self.request("POST", _path("alerts", alert_id, "archive"))  # type: ignore[no-any-return]
+        """Put an alert away and return it: POST /v1.0/alerts/{alert_id}/archive."""
+        return self.request("POST", _path("alerts", alert_id, "archive"))
 
     # Destinations.
 
     def list_destinations(self) -> list[Destination]:
-        """Return all destinations.
-
-        GET /v1.0/destinations
-        """
-        return self.request("GET", "/destinations")  # type: ignore[no-any-return]
+        """Return all destinations: GET /v1.0/destinations."""
+        return self.request("GET", "/destinations")
 
     def create_destination(self, payload: Mapping[str, Any]) -> Destination:
         """Create a destination, a place that alerts are delivered to, and return it.
 
-        POST /v1.0/destinations; not repeated when the outcome is unknown.
+        POST /v1.0/destinations
 
         Args:
-            payload: Destination fields: channel ("slack", "discord", "telegram", "email", "webhook"), and
-                url, credentials, scope, policy_ids, enabled as the channel needs them.
+            payload: Destination fields: channel ("slack", "discord", "telegram", "email" or
+                "webhook"); and url, credentials, scope, policy_ids, enabled, as the channel needs.
         """
         body = _payload(payload, _DESTINATION_RULES)
-        return self.request("POST", "/destinations", body=body)  # type: ignore[no-any-return]
+        return self.request("POST", "/destinations", body=body)
 
     def get_destination(self, destination_id: str) -> Destination:
-        """Return one destination.
-
-        GET /v1.0/destinations/{destination_id}
-        """
-        return self.request("GET", _path("destinations", destination_id))  # type: ignore[no-any-return]
+        """Return one destination: GET /v1.0/destinations/{destination_id}."""
+        return self.request("GET", _path("destinations", destination_id))
 
     def update_destination(self, destination_id: str, payload: Mapping[str, Any]) -> Destination:
-        """Change some fields of a destination and return it.
-
-        PUT /v1.0/destinations/{destination_id}
-        """
+        """Change a destination and return it: PUT /v1.0/destinations/{destination_id}."""
         body = _payload(payload, _DESTINATION_RULES)
-        return self.request("PUT", _path("destinations", destination_id), body=body)  # type: ignore[no-any-return]
+        return self.request("PUT", _path("destinations", destination_id), body=body)
 
     def test_destination(self, destination_id: str) -> TestResult:
-        """Send a test alert and return its alert_id, destination_id and status; {} from some deployments.
+        """Send a test alert and return its ids and status; {} from some deployments.
 
-        POST /v1.0/destinations/{destination_id}/test; not repeated when the outcome is unknown.
+        POST /v1.0/destinations/{destination_id}/test
         """
-        return self.request("POST", _path("destinations", destination_id, "test"))  # type: ignore[no-any-return]
+        return self.request("POST", _path("destinations", destination_id, "test"))
 
 
 def _page(limit: int | None, offset: int | None) -> dict[str, int]:
@@ -4134,7 +4165,7 @@ class _Timer:
 def new_client(
     config: Config | None = None, *, api_key: str | None = None, **fields: Any
 ) -> Client:
-    """Return a Client from a Config, or from the fields of one: new_client(api_key="chp_...", retries=3).
+    """Return a Client from a Config or its fields: new_client(api_key="chp_...", retries=3).
 
     Raises:
         ChirrOpValidationError: a field is wrong or unknown, or both a config and fields were given.
@@ -4160,9 +4191,8 @@ def new_client(
 class ChirrOp:
     """The global client: initialize it once, log from anywhere, stop it at the end."""
 
-    _slot: dict[
-        str, Client
-    ] = {}  # empty or {"client": ...}: a dict's setdefault and pop are atomic
+    # Empty or {"client": ...}: a dict's setdefault and pop are atomic.
+    _slot: dict[str, Client] = {}
 
     @classmethod
     def initialize(
@@ -4175,10 +4205,11 @@ class ChirrOp:
             ChirrOpValidationError: there is no valid configuration.
         """
         config, api_key = _hidden(config), _hidden(api_key)
-        client = None if cls._slot else new_client(config, api_key=api_key, **fields)
-        if client is None or cls._slot.setdefault("client", client) is not client:
-            raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
-        return client
+        if not cls._slot:
+            client = new_client(config, api_key=api_key, **fields)
+            if cls._slot.setdefault("client", client) is client:
+                return client
+        raise ChirrOpError("ChirrOp SDK is already initialized: call stop() first")
 
     @classmethod
     def _get(cls) -> Client:
@@ -4201,17 +4232,15 @@ class ChirrOp:
 
     @classmethod
     def stop(cls, timeout: float | None = None) -> bool:
-        """Close the global client, see Client.close; True when there is none. It may be initialized anew."""
+        """Close the global client and return what Client.close does; True if there is none."""
         client = cls._slot.pop("client", None)
-        return client.close(timeout) if client is not None else True
+        if client is None:
+            return True
+        return client.close(timeout)
 
 
-initialize, log_event, flush, stop = (
-    ChirrOp.initialize,
-    ChirrOp.log_event,
-    ChirrOp.flush,
-    ChirrOp.stop,
-)
+initialize, log_event = ChirrOp.initialize, ChirrOp.log_event
+flush, stop = ChirrOp.flush, ChirrOp.stop
 
 
 # ---- Sandbox --------------------------------------------------------------
@@ -4221,7 +4250,13 @@ initialize, log_event, flush, stop = (
 # server of _serve_sandbox does); one lock guards all state, and no scripted delay is waited for
 # under it.
 
+from datetime import timedelta  # noqa: E402  # like all that only the lower part needs
+
+__all__ += ["Sandbox"]
+
 if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
+
     _Row = dict[str, Any]
     _Reply = tuple[int, bytes, dict[str, str]]
 
@@ -4366,7 +4401,9 @@ def _sandbox_time(text: str) -> datetime:
             microsecond=int(f"{(fraction or '.')[1:]:0<6.6}"), tzinfo=timezone.utc
         )
         ahead = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
-        return at + ahead if sign == "-" else at - ahead
+        if sign == "-":
+            return at + ahead
+        return at - ahead
     except (ValueError, OverflowError) as exc:
         text = f"occurred_at must be an ISO 8601 date and time, got {text!r:.80}"
         raise _SandboxRefusal(text, 400) from exc
@@ -4382,8 +4419,9 @@ def _sandbox_log(fields: Any, now: datetime) -> _Row:
     _sandbox_need(event, "event is required")
     _sandbox_need("value" in given, "value is required")
     _sandbox_need(_sandbox_fits(given["value"], float), "value must be a finite number")
-    time_given = given.get("occurred_at", _SANDBOX_NEVER)
-    at = now if time_given == _SANDBOX_NEVER else _sandbox_time(time_given)
+    at, time_given = now, given.get("occurred_at", _SANDBOX_NEVER)
+    if time_given != _SANDBOX_NEVER:
+        at = _sandbox_time(time_given)
     text = f"occurred_at must lie within the last 30 days and at most 1 day ahead, got {time_given}"
     _sandbox_need(now - timedelta(days=30) <= at <= now + timedelta(days=1), text)
     log_id = _sandbox_id("log_id", log_id) if log_id else _sandbox_new_id()
@@ -4462,7 +4500,9 @@ def _sandbox_start(at: datetime, period: str, zone: Any) -> datetime:
     at = at.replace(second=0, microsecond=0)
     if period == "day":
         return at.astimezone(zone).replace(hour=0, minute=0, fold=0).astimezone(timezone.utc)
-    return at if period == "minute" else at.replace(minute=0)
+    if period == "hour":
+        return at.replace(minute=0)
+    return at
 
 
 def _sandbox_finite(number: float) -> float:
@@ -4505,7 +4545,9 @@ def _sandbox_compare(windows: dict[str, _Row]) -> _Row:
         before = data[f"previous_{name}"]
         delta = _sandbox_finite(data[f"current_{name}"] - before)
         data[f"{name}_delta"] = delta
-        data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100) if before else 0
+        data[f"{name}_pct_change"] = 0
+        if before:
+            data[f"{name}_pct_change"] = _sandbox_finite(delta / abs(before) * 100)
     return data
 
 
@@ -4596,24 +4638,25 @@ class Sandbox:
             status = 502 if retry_after is None else 429
         answer = None
         if status is not None:
-            answer = _sandbox_answer(status, b"" if body is None else body)
-            if body is None and status >= 400:
+            if body is not None:
+                answer = _sandbox_answer(status, body)
+            elif status >= 400:
                 answer = _sandbox_error(f"scripted {status}", status)
+            else:
+                answer = _sandbox_answer(status, b"")
             answer[2].update(headers or {})
             if retry_after is not None:
                 answer[2]["Retry-After"] = str(retry_after)
-        left = math.inf if times is None else times
+        fault = {
+            "times": math.inf if times is None else times,
+            "answer": answer,
+            "drop": drop,
+            "delay": delay,
+            "method": method,
+            "path": path or "",
+        }
         with self._lock:
-            self._faults.append(
-                {
-                    "times": left,
-                    "answer": answer,
-                    "drop": drop,
-                    "delay": delay,
-                    "method": method,
-                    "path": path or "",
-                }
-            )
+            self._faults.append(fault)
 
     def reject(self, predicate: Callable[[_Row], object]) -> None:
         """Answer 400 to each request that holds a log for which `predicate` is true."""
@@ -4637,7 +4680,9 @@ class Sandbox:
             raise ConnectionResetError("connection dropped, as scripted")
         with self._lock:
             request["status"] = status
-        return status, b"" if method == "HEAD" else content, dict(extra)
+        if method == "HEAD":
+            content = b""
+        return status, content, dict(extra)
 
     def _receive(self, method: str, url: str, body: bytes | None) -> tuple[_Row, str, _Row]:
         """Record a request; return the record, what is wrong with its body, its fault."""
@@ -4681,8 +4726,8 @@ class Sandbox:
         from urllib.parse import unquote
 
         path = [unquote(part) for part in request["path"].partition("/v1.0/")[2].split("/")]
-        shape = "/".join([path[0], "*", *path[2:]]) if len(path) > 1 else path[0]
-        methods = self._ROUTES.get(shape, {})
+        shape = path[:1] + ["*"] * (len(path) > 1) + path[2:]
+        methods = self._ROUTES.get("/".join(shape), {})
         method = "GET" if request["method"] == "HEAD" else request["method"]
         _sandbox_need(methods, "no such route", 404)
         _sandbox_need(method in methods, "method not allowed", 405)
@@ -4800,7 +4845,10 @@ class Sandbox:
     def _save(self, path: list[str], query: _Row, body: Any) -> _Row:
         """Create or change a resource; a refusal leaves everything as it was."""
         id_name = _SANDBOX_IDS[path[0]]
-        record = self._find(path) if len(path) > 1 else {id_name: _sandbox_new_id()}
+        if len(path) > 1:
+            record = self._find(path)
+        else:
+            record = {id_name: _sandbox_new_id()}
         fields = _sandbox_fields(path[0], body, record)
         self._COMPLETE[path[0]](self, fields, record)
         record.update(fields)
@@ -4826,9 +4874,11 @@ class Sandbox:
 
     def _complete_destination(self, fields: _Row, record: _Row) -> None:
         channel, url, credentials = fields["channel"], fields["url"], fields["credentials"] or {}
+        given = {**credentials, "url": url}
         for name in _SANDBOX_NEEDS.get(channel, ("url",)):
-            given = url if name == "url" else credentials.get(name)
-            _sandbox_need(str(given or "").strip(), f"a {channel} destination needs {name}")
+            _sandbox_need(
+                str(given.get(name) or "").strip(), f"a {channel} destination needs {name}"
+            )
         scheme, _, rest = url.partition("://")
         valid = not url or (scheme in ("http", "https") and rest.partition("/")[0])
         if channel == "email":
@@ -5064,8 +5114,9 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> 
 
 
 # ---- Command line ---------------------------------------------------------
-# In: arguments, standard input, CHIRROP_* and ./.env. Out: results on standard output, all else on standard
-# error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing runs nothing of it.
+# In: arguments, standard input, CHIRROP_* and ./.env. Out: results on standard output, all else on
+# standard error, exit status 0, 1 (failed or interrupted) or 2 (usage, configuration). Importing
+# runs nothing of it.
 
 _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must not fill memory
 _QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
@@ -5099,17 +5150,16 @@ def _columns() -> int:
 
 def _plain(value: object) -> str:
     """Return text without the control characters with which a server could steer a terminal."""
-    text = "" if value is None else str(value)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if value is None:
+        return ""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _width(text: str) -> int:
     import unicodedata
 
-    return sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in text
-    )
+    own = [c for c in text if not unicodedata.combining(c)]
+    return len(own) + sum(unicodedata.east_asian_width(c) in "WF" for c in own)
 
 
 def _fit(text: str, width: int) -> str:
@@ -5129,9 +5179,9 @@ def _wrap(text: str, stream: Any, indent: int = 0) -> str:
     text, room = _plain(text), _columns() - indent
     if not stream.isatty():
         return text
-    return ("\n" + " " * indent).join(
-        textwrap.wrap(text, room if _width(text) == len(text) else room // 2)
-    )
+    if _width(text) != len(text):
+        room //= 2
+    return ("\n" + " " * indent).join(textwrap.wrap(text, room))
 
 
 def _figure(value: Any) -> str:
@@ -5140,15 +5190,17 @@ def _figure(value: Any) -> str:
         return _plain(value)
     if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+    if value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.2f}"
 
 
 def _paint(text: str, code: int) -> str:
     """Return text in a colour, where standard output shows colours."""
-    plain = (
-        os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.platform == "win32"
-    )
-    return text if plain or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if unwanted or sys.platform == "win32" or not sys.stdout.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
 
 
 def _say(text: object) -> None:
@@ -5185,8 +5237,11 @@ class _Progress:
             while sys.stderr.isatty():
                 stats, failing = self._client.stats(), self._client._outbox.state.failures
                 text = f"{stats.delivered:,} delivered, {stats.queued + stats.in_flight:,} waiting"
-                text += f", {sum(stats.dropped.values()):,} dropped" if stats.dropped else ""
-                _status(text + (f", retrying: {_plain(stats.last_error)}" if failing else ""))
+                if stats.dropped:
+                    text += f", {sum(stats.dropped.values()):,} dropped"
+                if failing:
+                    text += f", retrying: {_plain(stats.last_error)}"
+                _status(text)
                 if self._end.wait(0.1):
                     return _status("")
         except OSError:  # the terminal is gone
@@ -5203,18 +5258,15 @@ def _result(args: Any, value: object, show: Callable[[], object]) -> int:
 
 
 def _table(heads: tuple[str, ...], items: list[Any]) -> None:
-    """Print a line for each item, or a block of lines where the terminal is too narrow; ids come first."""
+    """Print a line for each item, or a block where the terminal is too narrow; ids come first."""
     rows = [[_figure(item.get(head)) for head in heads] for item in items]
     widths = [max(map(_width, column)) for column in zip(heads, *rows)]
     if not rows:
         _say("there are none")
     elif sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > _columns():
         for row in rows:
-            block = [
-                row[0],
-                *(f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell),
-            ]
-            print("\n".join(_fit(line, _columns()).rstrip() for line in block))
+            others = [f"  {head} {cell}" for head, cell in zip(heads[1:], row[1:]) if cell]
+            print("\n".join(_fit(line, _columns()).rstrip() for line in (row[0], *others)))
     else:
         for cells in ([head.upper() for head in heads], *rows):
             print("  ".join(map(_fit, cells, widths)).rstrip())
@@ -5222,8 +5274,9 @@ def _table(heads: tuple[str, ...], items: list[Any]) -> None:
 
 def _headline(event: Event, what: str) -> None:
     name = " ".join(filter(None, (event.get("agent"), event.get("event"))))
-    unit = f" ({event['unit']})" if event.get("unit") else ""
-    print(_wrap(f"{name}{unit}: {what}", sys.stdout))
+    if event.get("unit"):
+        name += f" ({event['unit']})"
+    print(_wrap(f"{name}: {what}", sys.stdout))
 
 
 def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
@@ -5248,14 +5301,14 @@ def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
 def _show_analytics(event: Event, answer: Analytics) -> None:
     data: Any = answer.get("data")
     _headline(event, f"last {answer.get('period')} and {answer.get('previous')}")
-    print(
-        f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}"
-        if data
-        else "no logs in either window"
-    )
-    for name in ("value", "count", "mean", "stddev") if data else ():
-        change = data.get(f"{name}_pct_change")
-        percent = f"{change:+,.1f}%" if change is not None and data.get(f"previous_{name}") else ""
+    if not data:
+        print("no logs in either window")
+        return
+    print(f"{'':6}  {'now':>10}  {'before':>10}  {'change':>8}")
+    for name in ("value", "count", "mean", "stddev"):
+        change, percent = data.get(f"{name}_pct_change"), ""
+        if change is not None and data.get(f"previous_{name}"):
+            percent = f"{change:+,.1f}%"
         now, before = _figure(data.get(f"current_{name}")), _figure(data.get(f"previous_{name}"))
         print(f"{name:6}  {now:>10}  {before:>10}  {percent:>8}".rstrip())
 
@@ -5265,7 +5318,9 @@ _scan_json = json.JSONDecoder().raw_decode  # json.loads takes three times as lo
 
 def _parsed(name: str, text: str | bytes) -> Any:
     try:
-        text = (text.decode() if isinstance(text, bytes) else text).strip("\ufeff \t\r\n")
+        if isinstance(text, bytes):
+            text = text.decode()
+        text = text.strip("\ufeff \t\r\n")
         value, end = _scan_json(text)
         if end == len(text):
             return value
@@ -5285,11 +5340,12 @@ def _event_named(client: Client, args: Any) -> Event:
         name = args.event.strip()
         agents = {e.get("agent") or "" for e in client.list_events() if e.get("event") == name}
         having = ", ".join(sorted(agent or "no agent at all" for agent in agents))
-        raise ChirrOpNotFoundError(
-            f"there is no event {_show(name)} for agent {_show(args.agent)}, but for {having}"
-            if agents
-            else f"there is no event {_show(name)}; `chirrop events` lists them"
-        )
+        text = f"there is no event {_show(name)}"
+        if agents:
+            text += f" for agent {_show(args.agent)}, but for {having}"
+        else:
+            text += "; `chirrop events` lists them"
+        raise ChirrOpNotFoundError(text)
     return event
 
 
@@ -5311,7 +5367,8 @@ def _cmd_rollups(args: Any) -> int:
             rollups = [*client.iter_event_logs(event["event_id"], args.period)]
     # A bucket that begins between two pages moves the others on, so that one may come twice.
     rollups = sorted({_bucket(r): r for r in rollups}.values(), key=_bucket, reverse=True)
-    rollups = rollups if args.all else rollups[:limit]
+    if not args.all:
+        rollups = rollups[:limit]
     return _result(args, rollups, lambda: _show_rollups(event, args.period, rollups))
 
 
@@ -5337,19 +5394,24 @@ def _cmd_alerts(args: Any) -> int:
             "resolve": client.resolve_alert,
             "archive": client.archive_alert,
         }
-        answer: Any = (
-            moves[args.action](args.id) if args.action else client.list_alerts(args.status)
-        )
+        if args.action:
+            answer: Any = moves[args.action](args.id)
+            alerts = [answer]
+        else:
+            answer = alerts = client.list_alerts(args.status)
     heads = ("alert_id", "status", "severity", "agent", "event", "value", "triggered_at", "title")
-    return _result(args, answer, lambda: _table(heads, [answer] if args.action else answer))
+    return _result(args, answer, lambda: _table(heads, alerts))
 
 
 def _cmd_api(args: Any) -> int:
     import urllib.parse
 
     path, _, query = args.path.partition("?")
-    text = sys.stdin.buffer.read() if args.data == "-" else args.data
-    body = None if text is None else _parsed("--data", text)
+    body = args.data
+    if body == "-":
+        body = sys.stdin.buffer.read()
+    if body is not None:
+        body = _parsed("--data", body)
     with new_client() as client:
         base = urllib.parse.urlsplit(client.config.servicer_endpoint).path
         if base and path.startswith(base + "/"):  # written as in the documentation: /v1.0/events
@@ -5375,9 +5437,8 @@ def _cmd_log(args: Any) -> int:
         client.send_logs([entry])
         delivered = client.stats().delivered
     word = "delivered" if delivered else "discarded, since CHIRROP_DISABLED is set:"
-    return _result(
-        args, {"delivered": delivered, "log": entry.to_dict()}, lambda: print(word, entry.log_id)
-    )
+    account = {"delivered": delivered, "log": entry.to_dict()}
+    return _result(args, account, lambda: print(word, entry.log_id))
 
 
 def _log_lines(args: Any) -> int:
@@ -5413,7 +5474,7 @@ def _log_lines(args: Any) -> int:
     _result(args, account, lambda: print(words))
     if lost:
         _say(f"the last failure: {stats.last_error}")
-    return 1 if wrong or lost or client.config.disabled else 0
+    return int(bool(wrong or lost or client.config.disabled))
 
 
 def _count_bad(bad: dict[str, int], number: int, text: str) -> None:
@@ -5453,9 +5514,11 @@ def _derived_id(fields: dict[str, Any], names: list[str]) -> str:
 
     parts = [fields.get("agent"), fields.get("event")]
     for name in names:
-        inner = name.startswith("meta.")
-        holder = fields.get("meta") if inner else fields
-        part = holder.get(name[5 * inner :]) if isinstance(holder, dict) else None
+        holder: Any = fields
+        key = name
+        if name.startswith("meta."):
+            holder, key = fields.get("meta"), name[5:]
+        part = holder.get(key) if isinstance(holder, dict) else None
         if part is None:
             raise ChirrOpValidationError(f"the line has no {name}, from which its log_id is made")
         parts.append(part)
@@ -5495,7 +5558,7 @@ def _cmd_drain(args: Any) -> int:
     _result(args, account, lambda: print("\n".join(words)))
     if stats.last_error and not clean:
         _say(f"the last failure: {stats.last_error}")
-    return 0 if clean else 1
+    return int(not clean)
 
 
 def _cmd_doctor(args: Any) -> int:
@@ -5506,7 +5569,7 @@ def _cmd_doctor(args: Any) -> int:
             mark = _paint("ok  ", 32) if good else _paint("FAIL", 31)
             print(mark, f"{check:6}", _wrap(text, sys.stdout, 12), flush=True)
     _result(args, found, lambda: None)
-    return 0 if all(entry["ok"] for entry in found) else 1
+    return int(not all(entry["ok"] for entry in found))
 
 
 # For the first of these classes in a failure's chain; {} is the variable that is at fault.
@@ -5524,7 +5587,7 @@ _CURES = {
 
 
 def _diagnose() -> Iterator[tuple[str, bool, str]]:
-    """Yield each check, whether all is well, and what was found, with what to do about it. Sends no log."""
+    """Yield each check, whether all is well, what was found and what to do. Sends no log."""
     key = ""
     try:
         key = _checked_key(None)
@@ -5574,8 +5637,11 @@ def _diagnose_endpoint(
     if status == 407:
         variable = fault
     good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
-    trusted = ", certificate trusted" if url.startswith("https") else ""
-    yield name, good, f"reached{trusted}{text}" if good else text
+    if good and url.startswith("https"):
+        text = f", certificate trusted{text}"
+    if good:
+        text = f"reached{text}"
+    yield name, good, text
     if name == "api":
         yield from _diagnose_clock(fields.get("Date", ""))
 
@@ -5600,8 +5666,9 @@ def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[b
     fine = 200 <= status < 300
     error = "" if fine else str(answer.error())
     if status in (401, 403):
-        wrong = f"{error}. The key is wrong, revoked, or of another workspace."
-        return (False, wrong) if has_key else (True, "")
+        if not has_key:
+            return True, ""
+        return False, f"{error}. The key is wrong, revoked, or of another workspace."
     if name == "api" and fine and start == b"[":
         return True, ", key accepted" if has_key else ""
     if name == "logs" and (status in (400, 422) or (fine and start != b"<")):
@@ -5618,10 +5685,12 @@ def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
     moment = email.utils.parsedate_tz(date)
     if moment is not None:
         ahead = time.time() - email.utils.mktime_tz(moment)
-        words = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the service's"
+        side = "ahead of" if ahead > 0 else "behind"
+        words = f"{abs(ahead):,.0f} s {side} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS
-        cure = ". Correct this computer's: logs take their time from it."
-        yield "clock", good, words if good else words + cure
+        if not good:
+            words += ". Correct this computer's: logs take their time from it."
+        yield "clock", good, words
 
 
 def _cmd_sandbox(args: Any) -> int:
@@ -5633,7 +5702,8 @@ def _cmd_sandbox(args: Any) -> int:
         raise ChirrOpError(f"{text}; `--port 0` takes a free one") from exc
     with server:
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)  # noqa: S104
-        name = f"[{name}]" if ":" in name else name
+        if ":" in name:
+            name = f"[{name}]"
         base = f"http://{name}:{server.server_address[1]}/v1.0"
         variables = {"CHIRROP_API_ENDPOINT": f"{base}/logs", "CHIRROP_SERVICER_ENDPOINT": base}
         _result(
@@ -5664,13 +5734,13 @@ def _demo_logs() -> Iterator[Log]:
         at = now - timedelta(hours=6 * (1 - rng.random() ** 0.5))
         value = round(size * rng.lognormvariate(0, 0.5), 2)
         meta = {"region": rng.choice(("eu", "us")), "release": "2.4.1"}
-        yield Log(
-            "poison.log" if number == 2600 else event, value, agent, meta=meta, occurred_at=at
-        )
+        if number == 2600:
+            event = "poison.log"
+        yield Log(event, value, agent, meta=meta, occurred_at=at)
 
 
 def _cmd_demo(args: Any) -> int:
-    """Send logs through a real client into a sandbox that misbehaves, and tell what became of them."""
+    """Send logs through a client into a sandbox that misbehaves; tell what became of them."""
     sandbox, logs = Sandbox(), list(_demo_logs())
     sandbox.reject(lambda log: log["event"] == "poison.log")
     lost: list[str] = []
@@ -5695,17 +5765,12 @@ def _cmd_demo(args: Any) -> int:
         event: Any = client.find_event("http.request.duration_ms", agent="checkout")
         rollups = client.get_event_logs(event["event_id"], "hour")
         answer = client.get_event_analytics(event["event_id"], "window", "1h", "previous_window")
-    stats, statuses = (
-        client.stats(),
-        [request["status"] or "no answer" for request in sandbox.requests],
-    )
-    failures = {
-        str(status): statuses.count(status) for status in dict.fromkeys(statuses) if status != 200
-    }
-    balanced = (
-        stats.accepted == len(logs) == stats.delivered + len(lost)
-        and len(sandbox.logs) == stats.delivered
-    )
+    stats = client.stats()
+    statuses = [str(request["status"] or "no answer") for request in sandbox.requests]
+    kinds = dict.fromkeys(statuses)
+    failures = {status: statuses.count(status) for status in kinds if status != "200"}
+    balanced = stats.accepted == len(logs) == stats.delivered + len(lost)
+    balanced = balanced and len(sandbox.logs) == stats.delivered
 
     def show() -> None:
         _show_rollups(event, "hour", rollups)
@@ -5713,12 +5778,8 @@ def _cmd_demo(args: Any) -> int:
         _show_analytics(event, answer)
         failed = ", ".join(f"{count} x {status}" for status, count in failures.items())
         print("\n" + _wrap(f"{len(statuses)} requests, of which failed: {failed}", sys.stdout))
-        print(
-            _wrap(
-                f"accepted {stats.accepted:,} = delivered {stats.delivered:,} + dropped {len(lost)}",
-                sys.stdout,
-            )
-        )
+        parts = f"delivered {stats.delivered:,} + dropped {len(lost)}"
+        print(_wrap(f"accepted {stats.accepted:,} = {parts}", sys.stdout))
         for text in lost:
             print(_wrap(f"dropped {text}", sys.stdout, 2))
 
@@ -5733,7 +5794,7 @@ def _cmd_demo(args: Any) -> int:
         {**account, "failures": failures, "event": event, "rollups": rollups, "analytics": answer},
         show,
     )
-    return 0 if balanced else 1
+    return int(not balanced)
 
 
 def _arguments(argv: list[str] | None) -> Any:
@@ -5751,7 +5812,8 @@ def _arguments(argv: list[str] | None) -> Any:
         (_cmd_log, "send one log, or JSON Lines from standard input", [
             ("event", {"metavar": "EVENT", "help": "name, or - for standard input"}),
             ("value", {"metavar": "VALUE", "type": float, "nargs": "?"}), agent,
-            ("--meta", {"metavar": "JSON"}), ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
+            ("--meta", {"metavar": "JSON"}),
+            ("--occurred-at", {"metavar": "TIME", "help": "ISO 8601; default: now"}),
             ("--log-id", {"metavar": "UUID", "help": "default: a random one"}),
             ("--id-from", {"metavar": "FIELD", "nargs": "+", "help": "of `log -`: make log_id of"
              " agent, event and these (meta.KEY: of meta): lines sent twice count once"})]),
@@ -5767,7 +5829,8 @@ def _arguments(argv: list[str] | None) -> Any:
             ("action", {"choices": ("ack", "resolve", "archive"), "nargs": "?"}),
             ("id", {"metavar": "ID", "nargs": "?"}), ("--status", {"choices": _ALERT_STATUSES})]),
         (_cmd_api, "make any call of the control plane", [
-            ("method", {"metavar": "METHOD"}), ("path", {"metavar": "PATH", "help": "e.g. /alerts?status=triggered"}),
+            ("method", {"metavar": "METHOD"}),
+            ("path", {"metavar": "PATH", "help": "e.g. /alerts?status=triggered"}),
             ("--data", {"metavar": "JSON", "help": "the body; - is standard input"})]),
         (_cmd_drain, "deliver what a SqliteSpool holds", [("spool", {"metavar": "SPOOL"})]),
         (_cmd_doctor, "find out why nothing arrives; sends no log", []),
@@ -5789,7 +5852,9 @@ def _arguments(argv: list[str] | None) -> Any:
     leading = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     leading.add_argument("--json", action="store_true")
     leading.add_argument("--agent", nargs="?")
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
     _, rest = leading.parse_known_args(words)
     if not rest or rest[0] not in parsers:
         return parser.parse_args(rest)  # help, the version or an error
@@ -5798,7 +5863,10 @@ def _arguments(argv: list[str] | None) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit status: 0, 1 (failed or interrupted) or 2 (usage, configuration)."""
+    """Run one command and return its exit status.
+
+    0: done; 1: failed or interrupted; 2: an error of usage or of the configuration.
+    """
     import logging
 
     for name in ("stdout", "stderr"):
@@ -5819,15 +5887,14 @@ def main(argv: list[str] | None = None) -> int:
         status = 1
     except BrokenPipeError:  # the reader has seen enough
         status = 0
+    except ChirrOpValidationError as exc:
+        _say(exc)
+        status = 2
     except (ChirrOpError, OSError) as exc:
         _say(exc)
-        status = 2 if isinstance(exc, ChirrOpValidationError) else 1
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-    ) as exc:  # JSON of a shape that no ChirrOp sends
+        status = 1
+    # JSON of a shape that no ChirrOp sends.
+    except (TypeError, AttributeError, KeyError, ValueError) as exc:
         _say(f"the answer makes no sense: {type(exc).__name__}: {exc}")
         status = 1
     logger.removeHandler(handler)
@@ -5848,16 +5915,16 @@ if __name__ == "__main__":
 # Copyright (c) 2026 ChirrOp
 #
 # Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction, including
-# without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-# copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
-# following conditions:
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or substantial
-# portions of the Software.
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-# LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
-# EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
-# IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
-# THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
