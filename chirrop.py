@@ -1065,7 +1065,8 @@ def _is_from_handler(exc: BaseException) -> bool:
     """
     trace, above = exc.__traceback__, []
     while trace is not None:
-        for given in trace.tb_frame.f_locals.values():
+        # Not the first frame, ours: its locals would be kept with the exception that they hold.
+        for given in trace.tb_frame.f_locals.values() if above else ():
             values = given if isinstance(given, tuple) else (given,)
             if any(value is frame for value in values for frame in above):
                 return True
@@ -1294,6 +1295,7 @@ class _SpoolFile:
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         self.count: int | None = None  # rows that waited then; None: not counted yet
         self.settled = (0, 0)  # the last row that was settled, and how many were read up to it
+        self.moving: tuple[bytes | None, int] = (None, 0)  # a log from memory, and its row to be
         self.undone: deque[tuple[str, tuple[Any, ...]]] = deque()  # statements for settled rows
         self.known = 0  # rows that waited when somebody looked last
         self.changes = 0  # conn.total_changes at the last checkpoint
@@ -1315,6 +1317,16 @@ class _SpoolFile:
 
     def add(self, data: bytes) -> None:
         self.conn.execute(_SQL_INSERT, (max(self.last, self.settled[0]), data))
+
+    def move(self, logs: deque[bytes]) -> None:
+        """Take the oldest of these logs; once, though an exception may strike between two steps."""
+        data = logs[0]
+        row = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, self.settled[0])
+        if self.moving[0] is not data or row < self.moving[1]:
+            self.moving = data, row + 1
+            self.add(data)
+        logs.popleft()
+        self.moving = None, 0
 
     def fill(self, batch: _Batch, batches: Sequence[_Batch]) -> None:
         row, number = self.read(batches)
@@ -1758,8 +1770,7 @@ class SqliteSpool:
 
     def _store_inbox(self, file: _SpoolFile) -> None:
         while self._inbox:
-            file.add(self._inbox[0])
-            self._inbox.popleft()
+            file.move(self._inbox)
 
     @staticmethod
     def _count(orphan: _SpoolFile) -> int:
