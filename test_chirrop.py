@@ -1344,7 +1344,7 @@ class Simulation:
     STRIKES = Interrupt, TimeLimit, NoMemory, TooDeep
     # What may find the disk full, or locked.
     file = chirrop._SpoolFile
-    DISK = file.add, file.fill, file.work_off, file.is_drained
+    DISK = file.add, file.fill, file.move, file.work_off, file.is_drained
 
     running = None  # the one whose calls are struck
 
