@@ -175,8 +175,7 @@ class TestCase(unittest.TestCase):
 
     def reported(self, client):
         """Wait until on_drop has heard of all drops."""
-        for thread in client._sender.report.threads:
-            thread.join(LONG)
+        client._sender.report.threads.join(time.monotonic() + LONG)
 
     def client(self, *answers, **fields):
         """Return a client on a FakeTransport with these answers, without jitter; it is closed."""
@@ -6975,7 +6974,7 @@ class ClientTest(TestCase):
             [len(json.loads(r[2])) for r in transport.requests], [250, 250, 250, 250, 100]
         )
         self.assertEqual(client.stats().delivered, 600)
-        self.assertEqual(client._sender._threads, [])
+        self.assertEqual(list(client._sender._threads), [])
 
     def test_send_logs_raises_instead_of_queueing(self):
         client = self.client(401, *[502] * 11)
@@ -7630,7 +7629,7 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_start_thread", "_Sender", "_Reporter"}, "sqlite3.connect": {"SqliteSpool"},
+            "threading.Thread": {"_Crew"}, "sqlite3.connect": {"SqliteSpool"},
             "os.environ": {"_find_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"},
             "os.open": {"_lock_file", "_check_header", "SqliteSpool"}, "io.FileIO": {"_lock_file"},
