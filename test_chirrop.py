@@ -4423,7 +4423,7 @@ class InterruptedCase(TestCase):
 
 
 class InterruptTest(InterruptedCase):
-    """In a full run at every instruction, a quarter of an hour; else at a few of each kind."""
+    """In a full run at every instruction, which takes most of an hour; else at a few of each."""
 
     REACHES = ("signal", "memory", "end")  # demanded; see Place
 
