@@ -1063,12 +1063,13 @@ def _is_from_handler(exc: BaseException) -> bool:
     Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
     given the frame that it has interrupted.
     """
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        for given in trace.tb_next.tb_frame.f_locals.values():
+    trace, above = exc.__traceback__, []
+    while trace is not None:
+        for given in trace.tb_frame.f_locals.values():
             values = given if isinstance(given, tuple) else (given,)
-            if any(value is trace.tb_frame for value in values):
+            if any(value is frame for value in values for frame in above):
                 return True
+        above.append(trace.tb_frame)
         trace = trace.tb_next
     return False
 
@@ -1695,9 +1696,8 @@ class SqliteSpool:
         file = self._usable()
         if file is not None:
             self._attempt(file, self._store_inbox, file)
-        left = self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
         self._closed = True  # what comes now is not stored, and what is in the files, not sent
-        return left
+        return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
     def close(self) -> None:
         """Close the files; not under the lock, for which the thread that tends may be waiting."""
