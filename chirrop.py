@@ -30,8 +30,8 @@ Undocumented names of the standard library, for a port to look at:
     multiprocessing.util.Finalize: its children end past every exit hook
     urllib    Request._tunnel_host and unredirected_hdrs, AbstractHTTPHandler.do_request_: urllib
               chooses the proxy and the headers, but closes each connection after one answer
-    http.client response_class of a connection; begin, length, will_close and fp.raw of a response:
-              it has no deadline for a whole answer, and does not see all that are cut short
+    http.client response_class and sock of a connection; begin, length, will_close and fp.raw of a
+              response: it has no deadline for a whole answer, and misses some that are cut short
 
 Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry
 policy, outbox, sender, transport, Client, global API; then the cut line; then Sandbox and command
