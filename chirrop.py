@@ -30,8 +30,8 @@ Undocumented names of the standard library, for a port to look at:
     multiprocessing.util.Finalize: its children end past every exit hook
     urllib    Request._tunnel_host and unredirected_hdrs, AbstractHTTPHandler.do_request_: urllib
               chooses the proxy and the headers, but closes each connection after one answer
-    http.client response_class of a connection; begin, length, will_close and fp.raw of a response:
-              it has no deadline for a whole answer, and does not see all that are cut short
+    http.client response_class and sock of a connection; begin, length, will_close and fp.raw of a
+              response: it has no deadline for a whole answer, and misses some that are cut short
 
 Sections, each using only what stands above it: constants, errors, Log, Config, buffers, retry
 policy, outbox, sender, transport, Client, global API; then the cut line; then Sandbox and command
@@ -1076,6 +1076,11 @@ def _is_from_handler(exc: BaseException) -> bool:
     return False
 
 
+def _is_our_own(exc: BaseException) -> bool:
+    """Tell whether an exception struck where it is caught, before what was to be called."""
+    return exc.__traceback__ is None or exc.__traceback__.tb_next is None
+
+
 def _is_inside(*codes: Any) -> bool:
     """Tell whether one of these code objects is running further up this thread's stack."""
     frame: Any = sys._getframe(1)
@@ -1878,6 +1883,14 @@ def _verdict(table: dict[object, str], status: int) -> str:
 _Policy = namedtuple("_Policy", "verdicts retries timeout longest")
 
 
+def _is_delivered(answers: list[Any]) -> bool:
+    """Tell whether what a transport returned, whatever that is, says that a batch was taken."""
+    try:
+        return _verdict(_INGEST, answers[0][0]) == _DELIVERED
+    except (IndexError, TypeError):
+        return False
+
+
 def _error_class(status: int) -> type[ChirrOpError]:
     """Return the class of the error that stands for an answer other than 2xx; 0 is no answer."""
     other = ChirrOpServerError if status >= 500 or status < 200 else ChirrOpNonRetryableError
@@ -2424,6 +2437,9 @@ class _Outbox:
         self._locked(self._sweep, "not sent before close")
 
     def _stop(self, clean: bool) -> None:
+        for batch in self.state.batches:
+            if _is_delivered(batch.answers):  # its sender has not come to account for it
+                self._settle(batch, _DELIVERED, None, 0.0)
         state = self.state
         if not state.stopped:
             held, left = self._held(), self.buffer.leave()
@@ -2545,16 +2561,18 @@ def _has_no_threads() -> bool:
 class _Crew:
     """The threads that do one job.
 
-    One that has been started counts, but for a second only if it does not begin: an exception in
-    the middle of Thread.start() can leave one that never runs, and says for ever that it is alive.
+    Not asked of Thread: an exception in the middle of its start() or is_alive() can leave one that
+    never runs, or that runs and says that it does not.
     """
 
     def __init__(self) -> None:
-        self._until: dict[threading.Thread, float] = {}  # until when each counts; inf: it runs
+        self._starting: dict[threading.Thread, float] = {}  # until when it counts all the same
+        self._running: dict[threading.Thread, None] = {}  # each enters and leaves by itself
 
     def __iter__(self) -> Iterator[threading.Thread]:
         now = time.monotonic()
-        return iter([thread for thread, until in list(self._until.items()) if until > now])
+        starting = [thread for thread, until in list(self._starting.items()) if until > now]
+        return iter([*self._running, *starting])
 
     def start(self, work: Callable[..., Any], name: str, *args: Any) -> bool:
         """Start a thread; False where there can be none.
@@ -2564,32 +2582,37 @@ class _Crew:
         """
         if _exiting or _has_no_threads():
             return False
+        thread = None
         try:
-            run = threading.Thread(target=self._run, name=name, args=(work, *args), daemon=True)
-        except RuntimeError:
-            return False
-        self._until[run] = time.monotonic() + 1.0
-        try:
-            run.start()
+            run = self._run
+            thread = threading.Thread(target=run, name=name, args=(work, *args), daemon=True)
+            self._starting[thread] = time.monotonic() + 1.0
+            thread.start()
+            return True
+        except KeyError as exc:  # how 3.13 hides what has interrupted it
+            raise (exc.__context__ or exc) from None
         except RecursionError:
             raise
         except RuntimeError:
-            self._until.pop(run, None)
+            self._starting.pop(thread, None)  # type: ignore[call-overload]
             return False
-        return True
+        except BaseException:
+            self._starting.pop(thread, None)  # type: ignore[call-overload]
+            raise
 
     def _run(self, work: Callable[..., Any], *args: Any) -> None:
         me = threading.current_thread()
-        self._until[me] = math.inf
+        self._running[me] = None
+        self._starting.pop(me, None)
         try:
             work(*args)
         finally:
-            self._until.pop(me, None)
+            self._running.pop(me, None)
 
     def join(self, deadline: float) -> None:
         """Wait for those that run, but for this thread itself."""
-        for thread, until in list(self._until.items()):
-            if until == math.inf and thread is not threading.current_thread():
+        for thread in list(self._running):
+            if thread is not threading.current_thread():
                 left = deadline - time.monotonic()
                 thread.join(max(0.0, min(threading.TIMEOUT_MAX, left)))
 
@@ -2606,6 +2629,7 @@ class _Reporter:
         self._next: dict[str, float] = {}  # kind of record -> when it may be written again
         self._failing = False  # the last note of the kind "state" said so
         self.threads = _Crew()
+        self._telling = threading.RLock()  # held while on_drop runs
 
     def note(self, kind: str, level: int, text: str) -> bool:
         """Keep a text for the log, unless one of its kind was kept in the last REPORT_SECONDS."""
@@ -2645,17 +2669,28 @@ class _Reporter:
             self.tell()
             self.write(final)
 
-    def tell(self) -> None:
-        """Call on_drop for each drop that it has not heard of."""
+    def tell(self, wait: float = 0.0) -> None:
+        """Call on_drop for each drop that it has not heard of, unless another thread does so.
+
+        That is waited for at most `wait` seconds.
+        """
+        lock = self._telling
+        try:
+            if lock.acquire(timeout=max(0.0, min(threading.TIMEOUT_MAX, wait))):
+                self._tell()
+        finally:
+            while lock._is_owned():  # type: ignore[attr-defined]
+                lock.release()
+
+    def _tell(self) -> None:
         while self._on_drop is not None and self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
             logs = [_decoded(item) for item in drop.items]
             try:
                 self._on_drop(logs, drop.error)
             except BaseException as exc:  # it is the application's code
-                trace = exc.__traceback__
-                ours = trace is None or trace.tb_next is None  # it has not even been called
-                if ours or isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc):
+                late = isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc)
+                if late or _is_our_own(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
@@ -2683,8 +2718,10 @@ class _Reporter:
                 self._next["drops"] = time.monotonic() + REPORT_SECONDS
                 logger.error("dropped %d logs (%s): %s", count, reason, text)
                 self._outbox.said(reason, count)
-        except Exception as exc:  # a handler of the application's, or a race for the last note
-            if _is_from_handler(exc):
+        except IndexError:  # a race for the last note
+            pass
+        except Exception as exc:  # a handler of the application's
+            if _is_our_own(exc) or _is_from_handler(exc):
                 raise
 
 
@@ -2796,6 +2833,7 @@ class _Sender:
         if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
             importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
         if self._threads.start(self._run, f"chirrop-sender-{number}", self._threads):
+            self._bell.ring()
             return
         # flush, close and exit send in their own thread.
         if _has_no_threads():
@@ -2967,9 +3005,10 @@ class _Sender:
         """Report all that there is to report, if it can be had by `deadline`."""
         if _is_inside(_Reporter.tell.__code__):
             return
-        if not self.report.kick():
-            self.report.tell()
+        self.report.kick()
         self.report.threads.join(deadline)
+        if not any(self.report.threads):
+            self.report.tell(deadline - self._clock())
         self.report.write(final=True)
 
     def hurry(self, deadline: float) -> None:

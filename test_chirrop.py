@@ -7802,6 +7802,15 @@ class ModuleTest(TestCase):
         ):
             self.assertNotRegex(self.SOURCE, rf"\b{re.escape(danger)}\b\s*[(.]", danger)
 
+    def test_private_names_of_the_library_are_listed_in_the_header(self):
+        own = set(re.findall(r"(?:def|class|self\.|cls\.|view\.) *(_\w+)", self.SOURCE))
+        used = {n.attr for n in ast.walk(self.TREE) if isinstance(n, ast.Attribute)}
+        private = {name for name in used - own if re.match("_[a-z]", name)}
+        private.discard("_replace")  # of a namedtuple, and public all the same
+        self.assertLessEqual({"_is_owned", "_getframe", "_tunnel_host"}, private)
+        header = ast.get_docstring(self.TREE)
+        self.assertEqual({name for name in private if name not in header}, set())
+
     def test_sections_do_not_reach_down(self):
         bounds = [
             (m.start(), m.group(1))
@@ -7925,6 +7934,31 @@ class CutTest(TestCase):
         classes = [f"test_chirrop.{name}" for name in names]
         done = self.run_cut("-m", "unittest", *classes, CHIRROP_TEST_FULL="")
         self.assertEqual(done.returncode, 0, done.stderr[-5000:])
+
+    def test_the_readmes_lambda_layer_carries_bytecode_and_runs_a_handler(self):
+        (block,) = (text for text in readme().split("```") if " -m compileall " in text)
+        python = f"'{sys.executable}'"
+        commands = block.replace("python3.12 ", f"{python} ").replace("python3 -m", f"{python} -m")
+        subprocess.run(["sh", "-ec", commands], cwd=self.within, check=True)
+        with zipfile.ZipFile(self.within / "layer.zip") as layer:
+            names = layer.namelist()
+            layer.extractall(self.within / "opt")
+        (cached,) = (name for name in names if name.endswith(".pyc"))
+        head = (self.within / "opt" / cached).read_bytes()[4:8]
+        self.assertEqual(head, b"\1\0\0\0")  # by a hash, and not compared with the source
+        code = """if True:
+            import chirrop
+            sent = []
+            transport = lambda *request: sent.append(request) or (200, b"", {})
+            client = chirrop.new_client(api_key="chp_test", transport=transport)
+            @client.lambda_handler
+            def handler(event, context):
+                client.log(chirrop.Log("orders.count", event))
+            handler(1, None)
+            print(len(sent), client.stats().delivered, chirrop.__file__)
+        """
+        done = self.run_cut("-c", code, PYTHONPATH=str(self.within / "opt" / "python"))
+        self.assertEqual(done.stdout[:4], "1 1 ", done.stderr)
 
     def test_the_readme_has_the_command_of_the_header(self):
         self.assertEqual(readme().count(f"\n{self.COMMAND}\n"), 2)
