@@ -1716,6 +1716,7 @@ class SqliteSpool:
         file = self._usable()
         if file is not None:
             self._attempt(file, self._store_inbox, file)
+        self._catch_up()
         self._closed = True  # what comes now is not stored, and what is in the files, not sent
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
@@ -1752,6 +1753,7 @@ class SqliteSpool:
             return None
         if time.monotonic() >= self._retry_at:
             _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
+            _exclusively(self.lock, self._catch_up)
         wait = self._look_around()
         for orphan in self._orphans:
             if orphan.count is None:
@@ -1773,6 +1775,11 @@ class SqliteSpool:
         self._looked_at = now
         self._take_over()
         return None
+
+    def _catch_up(self) -> None:
+        """Remove what was settled while the disk was full."""
+        for file in self._files():
+            self._attempt(file, file.work_off)
 
     def _store_inbox(self, file: _SpoolFile) -> None:
         while self._inbox:
