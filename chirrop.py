@@ -1177,6 +1177,7 @@ _SPOOL_VERSION = 2  # user_version; files of the first layout have 1, and no app
 _SPOOL_NAMES = 1000  # files of one spool at most: one for each process that writes at once
 _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
+_FREE_PAGES = 16  # in a drained file: what is more goes back to the disk
 _ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
@@ -1216,8 +1217,8 @@ def _lock_file(path: str) -> Any:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
         file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))
-        _check_owner(path, os.fstat(file.fileno()))
         try:
+            _check_owner(path, os.fstat(file.fileno()))
             if sys.platform == "win32":
                 import msvcrt
 
@@ -1233,6 +1234,9 @@ def _lock_file(path: str) -> Any:
             return None
         except FileNotFoundError:
             pass
+        except _NoSpool:
+            file.close()
+            raise
         file.close()  # its holder has removed it meanwhile: that lock means nothing any more
 
 
@@ -1727,6 +1731,7 @@ class SqliteSpool:
 
     def _close(self) -> None:
         for file in self._files():
+            self._shrink(file)
             self._close_side(file.side)
             _exclusively(self.lock, self._give_up, file)
         while self._sides:
@@ -1759,6 +1764,7 @@ class SqliteSpool:
             if orphan.count is None:
                 orphan.count = sum(self._attempt(orphan, self._count, orphan))
             else:
+                self._shrink(orphan)
                 _exclusively(self.lock, self._let_go, orphan)
         if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
             self._checkpoint(file)
@@ -1811,6 +1817,17 @@ class SqliteSpool:
             return
         if self._attempt(orphan, orphan.size, batches) == (0,):
             self._give_up(orphan)
+
+    def _shrink(self, file: _SpoolFile) -> None:
+        """Give the disk back what a drained file has taken, if it is the one that stays."""
+        try:
+            if file.path != self.path or file.side.execute(_SQL_READ, (0, 1)).fetchall():
+                return
+            if file.side.execute("PRAGMA freelist_count").fetchall()[0][0] > _FREE_PAGES:
+                file.side.execute("VACUUM")
+                file.side.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except self._sqlite3.Error:
+            pass  # it stays large
 
     def _checkpoint(self, file: _SpoolFile) -> None:
         """Copy the WAL into the file, and begin it anew: most of it while others go on writing."""
