@@ -1471,7 +1471,9 @@ class Simulation:
             raise ConnectionResetError("after")
         if roll == "late crash" and self.path:
             raise self.Crash
-        if self.outbox.state.stopped:  # it comes too late, unless a strike has kept close() from ending
+        if (
+            self.outbox.state.stopped
+        ):  # it comes too late, unless a strike has kept close() from ending
             self.unheard.update(ids(logs))
         else:
             self.answered = ids(logs)
@@ -2051,12 +2053,69 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(self.python(code, path.parent).stdout.strip(), "0")
 
     def test_a_drained_spool_leaves_one_small_file(self):
-        path, left = self.make_spool(300)
+        path, left = self.make_spool(2000)
+        self.assertGreater(path.stat().st_size, 200_000)
         again, later = self.make_spool(2, path)  # in PATH.2, since something waits in PATH
         self.assertEqual(sorted(os.listdir(path.parent)), [path.name, path.name + ".2"])
         self.assertEqual(self.drain(path), left + later)
         self.assertEqual(os.listdir(path.parent), [path.name])
         self.assertEqual(self.rows(path), 0)
+        self.assertLess(path.stat().st_size, 20_000)
+
+    def test_clients_that_share_a_path_have_a_file_each(self):
+        path = self.spool()
+        clients = [self.client(spool=path, flush_delay=60) for _ in range(3)]
+        for number, client in enumerate(clients):
+            client.log(Log("x", number))
+        files = [path, *(path.with_name(f"{path.name}.{number}") for number in (2, 3))]
+        self.assertEqual([self.rows(file) for file in files], [1, 1, 1])
+        clients[1].close(LONG)
+        self.assertFalse(files[1].exists(), "it is empty, and not the first")
+        clients[0].close(LONG)
+        self.assertTrue(path.exists())
+        clients[0] = self.client(spool=path, flush_delay=60)
+        clients[0].log(Log("x", 4))
+        self.assertEqual([self.rows(path), files[1].exists()], [1, False])
+
+    def test_dead_letters_of_all_files_are_read_while_clients_use_them(self):
+        path = self.spool()
+        spool = SqliteSpool(path)
+        for number in range(3):
+            client = self.client(400, spool=path, flush_delay=60)
+            client.log(Log("bad", number))
+            client.flush(LONG)
+            client.log(Log("waits", number))
+            self.assertEqual(client.stats().queued, 1)
+        self.assertEqual([d["log"]["value"] for d in spool.dead_letters()], [0, 1, 2])
+        self.assertEqual(len(spool.dead_letters(remove=True)), 3)
+        self.assertEqual(spool.dead_letters(), [])
+
+    def test_a_numbered_file_with_a_dead_letter_is_kept(self):
+        path = self.spool()
+        first = self.client(spool=path, flush_delay=60)
+        first.log(Log("x", 1))
+        second = self.client(400, spool=path, flush_delay=60)
+        second.log(Log("bad", 2))
+        second.close(LONG)
+        self.assertTrue(path.with_name(path.name + ".2").exists())
+        first.close(LONG)
+        self.assertEqual(len(SqliteSpool(path).dead_letters(remove=True)), 1)
+        self.assertEqual(self.drain(path), [])
+        self.assertEqual(os.listdir(path.parent), [path.name])
+
+    def test_the_wal_stays_small_under_steady_writing(self):
+        path, largest = self.spool(), 0
+        client = self.client(spool=path, transport=FakeTransport(default=OSError("down")))
+        wal = path.with_name(path.name + "-wal")
+        with mock.patch.object(chirrop, "_TEND_ROWS", 100):
+            for number in range(2000):
+                client.log(Log("x", number, meta="m" * 500))
+                if number % 100 == 99:
+                    client._outbox.buffer.tend()  # as the sender does that this wakes
+                    largest = max(largest, wal.stat().st_size)
+        self.assertGreater(path.stat().st_size, 1_000_000)
+        self.assertLess(largest, 1_500_000)
+        client.close(0)
 
     def test_ids_are_not_given_out_twice_when_the_file_runs_empty(self):
         client = self.client(spool=self.spool(), transport=FakeTransport(), flush_delay=60)
@@ -2311,6 +2370,61 @@ for make in lambda: SqliteSpool("x"), lambda: client(spool="x"):
             SqliteSpool(path).dead_letters()
         self.assertEqual(path.read_bytes(), before)
 
+    @unittest.skipUnless(os.name == "posix", "no owners and modes here")
+    def test_a_folder_in_which_everyone_may_replace_files_is_refused(self):
+        path = self.spool()
+        path.parent.chmod(0o777)
+        self.assertGoesOnInMemory(path)
+        self.assertEqual(os.listdir(path.parent), [])
+        path.parent.chmod(0o1777)  # sticky, as /tmp is
+        client = self.client(spool=path)
+        client.log(Log("x", 1))
+        self.assertTrue(path.exists())
+
+    @unittest.skipUnless(os.name == "posix", "no owners and modes here")
+    def test_what_another_user_could_have_put_there_is_refused_and_left_as_it_was(self):
+        for suffix in ("", "-wal", "-shm", "-journal", "-lock"):
+            for kind in ("link", "user"):
+                path = self.spool()
+                theirs = path.with_name(path.name + suffix)
+                if kind == "link":
+                    target = path.with_name("target")
+                    target.write_bytes(b"precious")
+                    theirs.symlink_to(target)
+                elif os.geteuid() == 0:
+                    theirs.write_bytes(b"")
+                    os.chown(theirs, 12345, 12345)
+                else:
+                    continue
+                with self.subTest(suffix, kind=kind):
+                    self.assertGoesOnInMemory(path)
+                    names = {theirs.name} | ({"target"} if kind == "link" else set())
+                    self.assertEqual(set(os.listdir(path.parent)), names)
+                    if kind == "link":
+                        self.assertEqual(target.read_bytes(), b"precious")
+
+    @unittest.skipUnless(os.name == "posix", "no owners and modes here")
+    def test_a_file_that_others_can_read_is_used_as_it_is_and_said_once(self):
+        path, left = self.make_spool()
+        path.chmod(0o644)
+        self.assertEqual(self.drain(path), left)
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o644)
+        self.assertEqual(len(self.warnings_of("chmod 600")), 1)
+
+    def test_another_programs_lock_delays_a_log_by_no_more_than_its_time(self):
+        path, transport = self.spool(), FakeTransport()
+        client = self.client(spool=path, transport=transport, flush_delay=60)
+        client.log(Log("x", 1))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            client.log(Log("x", 2))  # waits 0.2 s, then goes to memory
+            self.assertEqual(len(client._outbox.buffer._inbox), 1)
+            other.execute("ROLLBACK")
+        client._outbox.buffer._retry_at = 0.0
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.assertBalanced(client).delivered, 2)
+        self.assertEqual(len(self.warnings_of("locked")), 1)
+
     def test_an_api_misuse_error_does_not_set_a_healthy_file_aside(self):
         path = self.spool()
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
@@ -2418,10 +2532,11 @@ class SpoolCorruptTest(ProcessTestCase):
         self.assertFalse(client.flush(LONG))
         stats = self.assertBalanced(client)
         self.assertEqual((stats.dropped, stats.queued), ({"damaged": 5}, 0))
-        self.assertEqual(len(dropped), 1)
         client.log(Log("x", 9))
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.rows(path), 0)
+        client.close(LONG)
+        self.assertEqual(len(dropped), 1)
         self.assertTrue([n for n in os.listdir(path.parent) if ".damaged-" in n])
 
     def test_answers_for_logs_of_a_file_moved_aside_do_not_touch_the_new_one(self):
@@ -2490,6 +2605,33 @@ class SpoolFullTest(ProcessTestCase):
         self.assertTrue(client.flush(LONG))
         self.assertEqual(ids(transport.logs()), [entry.log_id, *left])
         self.assertEqual(self.assertBalanced(client).accepted, 6)
+
+    def test_what_a_full_disk_kept_from_being_removed_is_removed_later(self):
+        for close in (True, False):
+            path = self.spool()
+            client = self.client(spool=path, flush_delay=60)
+            client.log(Log("x", 1))
+            spool = client._outbox.buffer
+            spool._own.conn.execute("PRAGMA query_only = 1")  # no row can be removed
+            self.assertTrue(client.flush(LONG))
+            self.assertEqual((self.rows(path), client.stats().queued), (1, 0))
+            spool._own.conn.execute("PRAGMA query_only = 0")
+            spool._retry_at = 0.0
+            self.assertTrue(client.close(LONG) if close else client.flush(LONG))
+            self.assertEqual(self.rows(path), 0)
+
+    def test_max_bytes_counts_all_files_of_the_spool(self):
+        path, left = self.make_spool(500)
+        self.assertGreater(path.stat().st_size, 65536)
+        client = self.client(spool=SqliteSpool(path, max_bytes=65536), flush_delay=60)
+        with self.assertRaisesRegex(ChirrOpQueueFullError, "65536"):
+            client.log(Log("x", 1))
+        self.assertTrue(client.flush(LONG))
+        client._outbox.buffer.tend()
+        client._outbox.buffer._others = (0.0, 0)  # it looks at the others' size once a second
+        client.log(Log("x", 1))  # what was sent has made room
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(self.assertBalanced(client).delivered, 501)
 
     @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "no file size limit here")
     def test_with_a_real_write_error_the_application_sees_nothing_and_all_logs_arrive(self):
