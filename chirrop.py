@@ -1063,7 +1063,8 @@ def _is_from_handler(exc: BaseException) -> bool:
     Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
     given the frame that it has interrupted.
     """
-    trace, above = exc.__traceback__, []
+    trace = exc.__traceback__
+    above: list[Any] = []
     while trace is not None:
         for given in trace.tb_frame.f_locals.values():
             values = given if isinstance(given, tuple) else (given,)
@@ -2514,6 +2515,72 @@ class _Bell:
         return self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
+def _has_no_threads() -> bool:
+    """Tell whether uWSGI forbids threads.
+
+    In its master, which forks in C, a busy one would hang the children; in a worker without its
+    `enable-threads` one could be made, but would never run.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")
+    options = getattr(uwsgi, "opt", None)
+    if not isinstance(options, dict):
+        return False
+    enabled = any(options.get(name) for name in ("enable-threads", "threads"))
+    return not enabled or getattr(uwsgi, "worker_id", lambda: 1)() == 0
+
+
+class _Crew:
+    """The threads that do one job.
+
+    One that has been started counts, but for a second only if it does not begin: an exception in
+    the middle of Thread.start() can leave one that never runs, and says for ever that it is alive.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[threading.Thread, float] = {}  # until when each counts; inf: it runs
+
+    def __iter__(self) -> Iterator[threading.Thread]:
+        now = time.monotonic()
+        return iter([thread for thread, until in list(self._until.items()) if until > now])
+
+    def start(self, work: Callable[..., Any], name: str, *args: Any) -> bool:
+        """Start a thread; False where there can be none.
+
+        That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its
+        stack, in uWSGI. Not to be called under a lock: with gevent, others run meanwhile.
+        """
+        if _exiting or _has_no_threads():
+            return False
+        try:
+            run = threading.Thread(target=self._run, name=name, args=(work, *args), daemon=True)
+        except RuntimeError:
+            return False
+        self._until[run] = time.monotonic() + 1.0
+        try:
+            run.start()
+        except RecursionError:
+            raise
+        except RuntimeError:
+            self._until.pop(run, None)
+            return False
+        return True
+
+    def _run(self, work: Callable[..., Any], *args: Any) -> None:
+        me = threading.current_thread()
+        self._until[me] = math.inf
+        try:
+            work(*args)
+        finally:
+            self._until.pop(me, None)
+
+    def join(self, deadline: float) -> None:
+        """Wait for those that run, but for this thread itself."""
+        for thread, until in list(self._until.items()):
+            if until == math.inf and thread is not threading.current_thread():
+                left = deadline - time.monotonic()
+                thread.join(max(0.0, min(threading.TIMEOUT_MAX, left)))
+
+
 class _Reporter:
     """Tell the application what was dropped: on_drop soon, the logger in a handful of records."""
 
@@ -2525,7 +2592,7 @@ class _Reporter:
         self._notes: deque[tuple[int, str]] = deque(maxlen=100)
         self._next: dict[str, float] = {}  # kind of record -> when it may be written again
         self._failing = False  # the last note of the kind "state" said so
-        self.threads: list[threading.Thread] = []
+        self.threads = _Crew()
 
     def note(self, kind: str, level: int, text: str) -> bool:
         """Keep a text for the log, unless one of its kind was kept in the last REPORT_SECONDS."""
@@ -2555,10 +2622,9 @@ class _Reporter:
 
     def kick(self) -> bool:
         """Tell what is due in a thread of its own; False where there can be none."""
-        if not self.due() or any(thread.is_alive() for thread in self.threads):
+        if not self.due() or any(self.threads):
             return True
-        self.threads.clear()
-        return _start_thread(self.threads, self.run, "chirrop-reporter")
+        return self.threads.start(self.run, "chirrop-reporter")
 
     def run(self, final: bool = False) -> None:
         """Tell what is due, in this thread; `final` lets no limit hold it back."""
@@ -2609,40 +2675,6 @@ class _Reporter:
                 raise
 
 
-def _start_thread(
-    threads: list[threading.Thread], target: Callable[..., Any], name: str, *args: Any
-) -> bool:
-    """Start a thread, which is in `threads` before it runs; False where there can be none.
-
-    That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack,
-    in uWSGI. Not under a lock: with gevent, others run meanwhile.
-    """
-    if _exiting or _has_no_threads():
-        return False
-    try:
-        threads.append(threading.Thread(target=target, name=name, args=args, daemon=True))
-        threads[-1].start()
-    except RecursionError:
-        raise
-    except RuntimeError:
-        return False
-    return True
-
-
-def _has_no_threads() -> bool:
-    """Tell whether uWSGI forbids threads.
-
-    In its master, which forks in C, a busy one would hang the children; in a worker without its
-    `enable-threads` one could be made, but would never run.
-    """
-    uwsgi: Any = sys.modules.get("uwsgi")
-    options = getattr(uwsgi, "opt", None)
-    if not isinstance(options, dict):
-        return False
-    enabled = any(options.get(name) for name in ("enable-threads", "threads"))
-    return not enabled or getattr(uwsgi, "worker_id", lambda: 1)() == 0
-
-
 class _Sender:
     """The threads that carry out what the outbox decides, and what callers wait for."""
 
@@ -2661,7 +2693,7 @@ class _Sender:
 
     def _start(self) -> None:
         self.pid = os.getpid()
-        self._threads: list[threading.Thread] = []  # replaced in a forked child only
+        self._threads = _Crew()  # replaced in a forked child, and when gevent comes late
         self._lead = threading.Lock()  # held by the one thread that waits for work
         self._bell = _Bell()  # wakes it
         self._wake_at = 1.0  # the buffer's level at which put() does; 1 is always right
@@ -2737,22 +2769,20 @@ class _Sender:
         if type(self._lead) is not type(threading.Lock()):
             # gevent or eventlet has patched threading since: greenlets wait on locks of theirs.
             bell = self._bell
-            self._threads, self._wake_at = [], 1.0
+            self._threads, self._wake_at = _Crew(), 1.0
             self._lead, self._bell = threading.Lock(), _Bell()
             bell.ring()  # a sender that waits in the other world ends
-        return any(thread.is_alive() for thread in self._threads)
+        return any(self._threads)
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        threads = self._threads
-        threads[:] = [thread for thread in threads if thread.is_alive()]
-        if len(threads) >= self.outbox.state.width:
+        number = len(list(self._threads)) + 1
+        if number > self.outbox.state.width:
             return
         _close_with_multiprocessing()
         if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
             importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
-        name = f"chirrop-sender-{len(threads) + 1}"
-        if _start_thread(threads, self._run, name, threads):
+        if self._threads.start(self._run, f"chirrop-sender-{number}", self._threads):
             return
         # flush, close and exit send in their own thread.
         if _has_no_threads():
@@ -2761,7 +2791,7 @@ class _Sender:
         else:  # look again with the next batch
             self._wake_at = self.outbox.buffer.level() + self._config.batch_size
 
-    def _run(self, threads: list[threading.Thread]) -> None:
+    def _run(self, threads: _Crew) -> None:
         """Send until the client is closed; `threads` is another list in a forked child, into which
         gevent may have carried this greenlet over."""
         try:
@@ -2777,7 +2807,7 @@ class _Sender:
                 for _, bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 
-    def _turn(self, threads: list[threading.Thread]) -> bool:
+    def _turn(self, threads: _Crew) -> bool:
         """Wait for a batch and send it; False when there is nothing more to do."""
         try:
             with self._lead:
@@ -2790,7 +2820,7 @@ class _Sender:
             time.sleep(1.0)
         return True
 
-    def _next(self, threads: list[threading.Thread]) -> _Batch | None:
+    def _next(self, threads: _Crew) -> _Batch | None:
         """Wait for the next batch; None when there is nothing more to do."""
         outbox = self.outbox
         while self._threads is threads and not outbox.state.stopped:
@@ -2822,7 +2852,7 @@ class _Sender:
         self.outbox.settle(batch, verdict, error, self._clock())
         self.report.state(verdict, error)
         self._tell()
-        if self.outbox.state.width > len(threads) > 0:
+        if self.outbox.state.width > len(list(threads)) > 0:
             self._spawn()
         self._ring()
 
@@ -2916,14 +2946,9 @@ class _Sender:
         self._tell()
         self._hand_over(deadline)
         # One that is idle ends at once; one in a request ends after it, and is not waited for long.
-        self._join(self._threads, min(deadline, self._clock() + 1.0))
+        self._threads.join(min(deadline, self._clock() + 1.0))
         self._link.close()
         _open_senders.discard(self)
-
-    def _join(self, threads: list[threading.Thread], deadline: float) -> None:
-        for thread in list(threads):
-            if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(max(0.0, min(threading.TIMEOUT_MAX, deadline - self._clock())))
 
     def _hand_over(self, deadline: float) -> None:
         """Report all that there is to report, if it can be had by `deadline`."""
@@ -2931,7 +2956,7 @@ class _Sender:
             return
         if not self.report.kick():
             self.report.tell()
-        self._join(self.report.threads, deadline)
+        self.report.threads.join(deadline)
         self.report.write(final=True)
 
     def hurry(self, deadline: float) -> None:
@@ -2944,7 +2969,7 @@ class _Sender:
         """Send what is held, then end: the client is gone. Called by the garbage collector."""
         if ending():  # the exit hook has run, and the names of this module are going
             return
-        if self._threads:
+        if any(self._threads):
             self._bell.ring()
         elif self.outbox.held() or self.outbox.buffer.is_open():
             self.wake()

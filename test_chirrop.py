@@ -178,8 +178,7 @@ class TestCase(unittest.TestCase):
 
     def reported(self, client):
         """Wait until on_drop has heard of all drops."""
-        for thread in client._sender.report.threads:
-            thread.join(LONG)
+        client._sender.report.threads.join(time.monotonic() + LONG)
 
     def client(self, *answers, **fields):
         """Return a client on a FakeTransport with these answers, without jitter; it is closed."""
@@ -4134,11 +4133,11 @@ class Trial:
         self.others, self.wire = set(threading.enumerate()), Wire(server)
         self.returned, self.unsure, self.drops = [], [], []
         self.closed = False
-        waits = operation in ("flush", "close", "exit", "stats")  # logs, for what comes
+        self.waits = operation in ("flush", "close", "exit", "stats")  # for more logs
         self.client = module.new_client(
             api_key=KEY, transport=self.wire, spool=spool, timeout=PATIENCE,
             retries=int(operation.endswith("pause")),
-            flush_delay=60 if waits else 0, batch_size=3, exit_timeout=0.05,
+            flush_delay=60 if self.waits else 0, batch_size=3, exit_timeout=0.05,
             queue_size=10 if operation == "log to a bounded queue" else 0,
             on_drop=lambda logs, error: self.drops.extend(ids(logs)),
         )  # fmt: skip
@@ -4217,6 +4216,8 @@ class Trial:
             return
         if not was_up and not client.flush(PATIENCE) and not client.flush(PATIENCE):
             yield "does not flush after an outage"
+        if threads and not self.waits and not wire.wait([self.log()]):
+            yield "is deaf to a log"
         more = [self.log() for _ in range(3)]  # a batch; with one before, the third may wait alone
         if threads and not wire.wait(more[:2]):
             yield "is deaf: does not send without a flush"
@@ -4427,7 +4428,7 @@ class InterruptedCase(TestCase):
 
 
 class InterruptTest(InterruptedCase):
-    """In a full run at every instruction, a quarter of an hour; else at a few of each kind."""
+    """In a full run at every instruction, which takes most of an hour; else at a few of each."""
 
     REACHES = ("signal", "memory", "end")  # demanded; see Place
 
@@ -4498,33 +4499,32 @@ class TimeLimitTest(InterruptedCase):
     """Real signals at random moments, whose handler raises an Exception, against a job."""
 
     def job(self, client):
-        """Log until a time limit ends it; return what was raised."""
-        try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0005))
-            while not self.fired:
-                entry = Log("job.step", 1)
-                self.unsure.add(entry.log_id)
-                client.log(entry)
-                self.returned.add(entry.log_id)
-                self.unsure.discard(entry.log_id)
-        except TimeLimit as exc:
-            return exc
-        return None
+        """Log until a time limit ends it."""
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0005))
+        while not self.fired:
+            entry = Log("job.step", 1)
+            self.unsure.add(entry.log_id)
+            client.log(entry)
+            self.returned.add(entry.log_id)
+            self.unsure.discard(entry.log_id)
 
     def limited(self, times, spool):
         """Let time limits end jobs of one client; check it meanwhile, the account at the end."""
         wire, self.returned, self.unsure = Wire(), set(), set()
         client = new_client(api_key=KEY, transport=wire, flush_delay=0, spool=spool)
         for n in range(times):
-            self.fired = False
-            raised = self.job(client)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if raised is None:
-                self.fail(f"the client swallowed time limit {n}")
+            self.fired = None
+            try:
+                self.job(client)
+                self.fail(f"the client swallowed time limit {n} in {self.fired}")
+            except TimeLimit:
+                pass
             entry = Log("job.after", 1)
             client.log(entry)
             self.returned.add(entry.log_id)
-            self.assertTrue(wire.wait([entry.log_id]), f"deaf after {n} time limits")
+            self.assertTrue(
+                wire.wait([entry.log_id]), f"deaf after {n} time limits, the last in {self.fired}"
+            )
         self.assertTrue(client.flush(LONG), client.stats())
         self.assertTrue(client.close(LONG), client.stats())
         stats = client.stats()
@@ -4535,8 +4535,8 @@ class TimeLimitTest(InterruptedCase):
         self.assertBalanced(client)
 
     def each(self, spool):
-        def expired(*_):
-            self.fired = True
+        def expired(number, frame):
+            self.fired = stack_of(frame)
             raise TimeLimit
 
         before = signal.signal(signal.SIGALRM, expired)
@@ -4608,7 +4608,7 @@ class ReentryTest(InterruptedCase):
         with Trials.world(deep=True):
             for threads in (True, False):
                 reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
-                places = [nth for nth, reach in reaches if reach == "signal"]
+                places = [nth for nth, reach in reaches if reach == "signal"][::3]
                 for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
                     trials.run([handler], None if FULL else places, ("signal", "memory"))
@@ -6984,7 +6984,7 @@ class ClientTest(TestCase):
             [len(json.loads(r[2])) for r in transport.requests], [250, 250, 250, 250, 100]
         )
         self.assertEqual(client.stats().delivered, 600)
-        self.assertEqual(client._sender._threads, [])
+        self.assertEqual(list(client._sender._threads), [])
 
     def test_send_logs_raises_instead_of_queueing(self):
         client = self.client(401, *[502] * 11)
@@ -7639,7 +7639,7 @@ class ModuleTest(TestCase):
     def test_what_the_file_touches_is_where_its_header_says(self):
         places = {
             "urllib.request.OpenerDirector": {"_UrllibTransport"}, "http.client.HTTPSConnection": {"_UrllibTransport"}, "http.client.HTTPConnection": {"_UrllibTransport"},
-            "threading.Thread": {"_start_thread", "_Sender", "_Reporter"}, "sqlite3.connect": {"SqliteSpool"},
+            "threading.Thread": {"_Crew"}, "sqlite3.connect": {"SqliteSpool"},
             "os.environ": {"_find_key", "_checked_endpoint", "Config", "_proxy_advice"},
             "atexit.register": {""}, "os.register_at_fork": {""}, "open": {"_read_dotenv"},
             "os.open": {"_lock_file", "_check_header", "SqliteSpool"}, "io.FileIO": {"_lock_file"},
