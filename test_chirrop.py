@@ -83,6 +83,8 @@ LONG = 30.0  # seconds: a time-out that only a failure reaches
 # what is C elsewhere: PyPy.
 refcounted = unittest.skipUnless(sys.implementation.name == "cpython", "goes by CPython's ways")
 FULL = bool(os.environ.get("CHIRROP_TEST_FULL"))
+# Every instruction of every operation, under all conditions: an hour for each interpreter.
+COMPLETE = bool(os.environ.get("CHIRROP_TEST_COMPLETE"))
 
 
 def rounds(quick, full):
@@ -4459,12 +4461,14 @@ class InterruptTest(InterruptedCase):
     def chosen(self, trials, index):
         """Return None for every instruction, or one that signals reach, another with each index."""
         key = (trials.operation, bool(trials.folder), trials.threads)
-        if FULL:
+        if COMPLETE:
             return None
         if key not in self.surveys:
             reaches = enumerate(trials.survey(), 1)
             self.surveys[key] = [nth for nth, reach in reaches if reach == "signal"]
         places = self.surveys[key]
+        if FULL:
+            return places[index % 5 :: 5]
         return [places[index * 37 % len(places)]]
 
     surveys = {}  # conditions -> places
@@ -4611,7 +4615,7 @@ class ReentryTest(InterruptedCase):
                 places = [nth for nth, reach in reaches if reach == "signal"][::3]
                 for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
-                    trials.run([handler], None if FULL else places, ("signal", "memory"))
+                    trials.run([handler], None if COMPLETE else places, ("signal", "memory"))
                     with self.subTest(str(trials), by=handler.__name__):
                         for place, happening, what in trials.wrong:
                             self.fail(f"{what}: {happening} {place}")
