@@ -2606,23 +2606,20 @@ class _Crew:
         """
         if _exiting or _has_no_threads():
             return False
-        thread = None
+        starting = self._starting
         try:
             run = self._run
             thread = threading.Thread(target=run, name=name, args=(work, *args), daemon=True)
-            self._starting[thread] = time.monotonic() + 1.0
+            starting[thread] = time.monotonic() + 1.0
             thread.start()
             return True
-        except KeyError as exc:  # how 3.13 hides what has interrupted it
-            raise (exc.__context__ or exc) from None
-        except RecursionError:
-            raise
-        except RuntimeError:
-            self._starting.pop(thread, None)  # type: ignore[call-overload]
+        except BaseException as exc:
+            starting.clear()  # those that run have left it, or will
+            if isinstance(exc, KeyError):  # how 3.13 hides what has interrupted it
+                raise (exc.__context__ or exc) from None
+            if not isinstance(exc, RuntimeError) or isinstance(exc, RecursionError):
+                raise
             return False
-        except BaseException:
-            self._starting.pop(thread, None)  # type: ignore[call-overload]
-            raise
 
     def _run(self, work: Callable[..., Any], *args: Any) -> None:
         me = threading.current_thread()
@@ -2711,13 +2708,17 @@ class _Reporter:
             drop = self._outbox.state.untold[0]
             logs = [_decoded(item) for item in drop.items]
             try:
-                self._on_drop(logs, drop.error)
+                self._call(self._on_drop, logs, drop.error)
             except BaseException as exc:  # it is the application's code
                 late = isinstance(exc, KeyboardInterrupt) or _is_from_handler(exc)
                 if late or _is_our_own(exc):
                     raise
                 self.note("on_drop", _ERROR, f"on_drop raised {type(exc).__name__}")
             self._outbox.told(drop)
+
+    @staticmethod
+    def _call(on_drop: Callable[..., object], logs: list[Any], error: ChirrOpError) -> None:
+        on_drop(logs, error)  # in a frame of its own, by which _is_inside() knows what it does
 
     def write(self, final: bool = False) -> None:
         """Hand notes and drops, added up, to the logger; nothing inside one of its handlers."""
@@ -2761,7 +2762,7 @@ class _Sender:
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(outbox, config)
-        outbox.is_telling = lambda: _is_inside(_Reporter.tell.__code__)
+        outbox.is_telling = lambda: _is_inside(_Reporter._call.__code__)
         self.owner: Callable[[], object] = lambda: self  # the weak reference to the client
         self._start()
 
@@ -2799,7 +2800,7 @@ class _Sender:
 
     def _put_late(self, data: bytes) -> None:
         self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
-        if _is_inside(_Reporter.tell.__code__):  # else on_drop would hear of what it logs itself
+        if self.outbox.is_telling():  # else on_drop would hear of what it logs itself
             return self.refuse("closed", data, ChirrOpError("logged after close"))
         self.outbox.buffer.put(data)
         if self.outbox.state.stopped:
