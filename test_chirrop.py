@@ -1369,7 +1369,7 @@ class Simulation:
 
     def start(self):
         rng = self.rng
-        self.before = len(self.accepted)
+        self.before, self.heard = len(self.accepted), set()
         self.config = Config(
             api_key=KEY, transport=self.transport, retries=rng.choice((0, 1, 3)), on_exhausted=rng.choice(("keep", "drop")),
             batch_size=rng.choice((1, 3, 250)), max_senders=rng.choice((1, 3)), on_drop=self.on_drop,
@@ -1454,6 +1454,7 @@ class Simulation:
         logs = json.loads(body)
         self.wrong |= not 1 <= len(logs) <= 250  # an assertion would count as a network failure
         self.wrong |= len(set(ids(logs))) < len(logs)
+        self.wrong |= not self.heard.isdisjoint(ids(logs))
         if not self.faulty:  # what a full disk has kept from being removed, a later process sends
             self.wrong |= not self.delivered.isdisjoint(ids(logs))
         outer, self.fuse = self.fuse, None  # what follows is not done by the caller
@@ -1482,6 +1483,7 @@ class Simulation:
             self.unheard.update(ids(logs))
         else:
             self.answered = ids(logs)
+        self.heard.update(ids(logs))  # even if a strike comes right now
         return 200, b"", {}
 
     def deliver(self, batch, timeout):
