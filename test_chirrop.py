@@ -1362,7 +1362,8 @@ class Simulation:
         self.accepted, self.doubtful = [], set()  # doubtful: the call of log() was struck
         # Answers that the SDK has had; that it may have had, for a strike came with them.
         self.delivered, self.unheard, self.answered = set(), set(), []
-        self.dropped, self.forgotten = [], set()  # forgotten: in memory only, when the process died
+        self.dropped, self.refused = [], set()
+        self.forgotten = set()  # in memory only, when the process died
         self.locks = weakref.WeakSet()
         Simulation.running = self
         self.start()
@@ -1414,7 +1415,8 @@ class Simulation:
         if self is not None and self.fuse is not None:
             self.fuse -= 1
             if self.fuse < 0:
-                self.fuse, self.was_struck = None, True
+                self.was_struck = True
+                self.fuse = self.rng.choice((None, None, None, self.rng.randrange(10)))  # once more
                 self.handle(signal.SIGINT, sys._getframe())  # the frame that it interrupts
 
     def handle(self, number, frame):
@@ -1440,6 +1442,8 @@ class Simulation:
 
     def on_drop(self, logs, error):
         self.dropped += ids(logs)
+        if error.status_code and not self.faulty:  # the others were never in a file
+            self.refused.update(ids(logs))
         if self.rng.random() < 0.1:
             raise RuntimeError("on_drop")
 
@@ -1576,6 +1580,9 @@ class Simulation:
         total = stats.delivered + sum(stats.dropped.values()) + stats.queued + stats.in_flight
         assert stats.accepted == total, stats
         assert stats.queued >= 0 and stats.in_flight >= 0, stats
+        if self.config.on_exhausted == "keep":
+            assert "exhausted" not in stats.dropped, stats
+            assert "refused" not in stats.dropped or self.faulty or not self.path, stats
         return stats
 
     def run(self):
@@ -1618,6 +1625,7 @@ class Simulation:
         if self.path:
             settled = delivered | dropped | self.dead_letters() | self.stored | self.forgotten
             assert accepted <= settled, "a log is unaccounted for"
+            assert self.refused <= self.dead_letters()
             self.start()
             self.sender.flush(math.inf)
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
