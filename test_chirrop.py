@@ -1915,8 +1915,8 @@ class SpoolTest(ProcessTestCase):
 
     def test_a_drained_spool_leaves_one_small_file(self):
         path, left = self.make_spool(300)
-        again, later = self.make_spool(2, path)  # in PATH.2, since something waits in PATH
-        self.assertEqual(sorted(os.listdir(path.parent)), [path.name, path.name + ".2"])
+        again, later = self.make_spool(2, path)  # behind what waits there
+        self.assertEqual(os.listdir(path.parent), [path.name])
         self.assertEqual(self.drain(path), left + later)
         self.assertEqual(os.listdir(path.parent), [path.name])
         self.assertEqual(self.rows(path), 0)
@@ -2279,6 +2279,7 @@ class SpoolCorruptTest(ProcessTestCase):
         spool = client._outbox.buffer
         spool._own.conn.execute("UPDATE logs SET body = 7 WHERE id & 7 = 3")
         self.assertFalse(client.flush(LONG))
+        self.reported(client)
         stats = self.assertBalanced(client)
         self.assertEqual((stats.dropped, stats.queued), ({"damaged": 5}, 0))
         self.assertEqual(len(dropped), 1)
@@ -2317,7 +2318,6 @@ class SpoolFullTest(ProcessTestCase):
             client.log(entry)
         in_memory = len(spool._inbox)
         self.assertGreater(in_memory, 10)
-        self.assertEqual(len(client._sender.report._notes), 1)
         self.assertBalanced(client)
         spool._own.conn.execute("PRAGMA max_page_count = 100000").fetchall()
         client.log(Log("x", 1))
@@ -2338,7 +2338,7 @@ class SpoolFullTest(ProcessTestCase):
 
         class Full(sqlite3.Connection):
             def execute(self, sql, *args):
-                if sql == "COMMIT":
+                if sql == "PRAGMA journal_mode = WAL":
                     raise sqlite3.OperationalError("database or disk is full")
                 return super().execute(sql, *args)
 
