@@ -1541,19 +1541,12 @@ class SqliteSpool:
 
     def _open(self, path: str, create: bool) -> _SpoolFile | None:
         """Return a file that is ours alone from now on; None when somebody else holds it."""
-        _check_neighbours(path)
-        exists = os.path.lexists(path)
-        if exists:
+        if not (self._is_there(path) or create):
+            return None
+        if os.path.lexists(path):
             found = os.lstat(path)
-            _check_owner(path, found)
             if (found.st_dev, found.st_ino) in _inherited:
                 return None
-        if not exists or not found.st_size:
-            if not create:
-                return None
-            for suffix in ("-wal", "-shm"):
-                if os.path.lexists(path + suffix):
-                    raise _NoSpool(f"{os.path.basename(path)}{suffix} is there already")
         lock = _lock_file(path + "-lock")
         if lock is None:
             return None
@@ -1563,12 +1556,7 @@ class SqliteSpool:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             ready = _check_header(path)
             conn, side = self._connect(path, "rw"), self._connect(path, "rw")
-            for statement in () if ready else _SQL_CREATE:
-                conn.execute(statement)
-            conn.execute("PRAGMA journal_mode = WAL").fetchall()
-            conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
-            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-            conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")  # it can be written to
+            self._prepare(conn, () if ready else _SQL_CREATE)
             file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
@@ -1582,6 +1570,27 @@ class SqliteSpool:
         if os.lstat(path).st_mode & 0o077 and os.name == "posix":
             self.warn(f"spool {path} can be read by other users: chmod 600 it")
         return file
+
+    @staticmethod
+    def _is_there(path: str) -> bool:
+        """Tell whether there is a file that is not empty; refuse what could be used against us."""
+        _check_neighbours(path)
+        if os.path.lexists(path):
+            _check_owner(path, os.lstat(path))
+            if os.path.getsize(path):
+                return True
+        for suffix in ("-wal", "-shm"):
+            if os.path.lexists(path + suffix):
+                raise _NoSpool(f"{os.path.basename(path)}{suffix} is there already")
+        return False
+
+    def _prepare(self, conn: Any, creation: Iterable[str]) -> None:
+        for statement in creation:
+            conn.execute(statement)
+        conn.execute("PRAGMA journal_mode = WAL").fetchall()
+        conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
+        conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+        conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")  # fails if it is read-only
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None if there is none."""
@@ -1762,9 +1771,9 @@ class SqliteSpool:
                 _exclusively(self.lock, self._attempt, held, held.work_off)
         for orphan in self._orphans:
             _exclusively(self.lock, self._let_go, orphan)
-        if file is not None and file.conn is not None:
-            if file.conn.total_changes - file.changes >= _TEND_ROWS:
-                self._checkpoint(file)
+        ready = file is not None and file.conn is not None
+        if ready and file.conn.total_changes - file.changes >= _TEND_ROWS:
+            self._checkpoint(file)
         return wait
 
     def _look_around(self) -> float | None:
@@ -2633,13 +2642,16 @@ class _Crew:
         self._running.pop(threading.current_thread(), None)
 
     def join(self, deadline: float) -> None:
-        """Wait for all of them, but for this thread itself."""
-        for thread in self:
+        """Wait until there is none but this thread; one may have started another."""
+        me = threading.current_thread()
+        while others := [thread for thread in self if thread is not me]:
             left = deadline - time.monotonic()
+            if left <= 0:
+                return
             try:
-                thread.join(max(0.0, min(threading.TIMEOUT_MAX, left)))
+                others[0].join(min(threading.TIMEOUT_MAX, left))
             except RuntimeError:
-                pass  # it is this thread, or one that has not begun
+                time.sleep(0.001)  # it has not begun
 
 
 class _Reporter:
@@ -3163,12 +3175,18 @@ def _after_fork_in_parent() -> None:
             lock.release()
 
 
-def _after_fork() -> None:
+def _after_fork(*closed: _Sender) -> None:
+    """Start anew in a child process; a client that was closed stays closed, with locks of its own."""
     global _minted
     _minted = _NOT_MINTED
     _forking.clear()
-    for sender in [sender for sender in list(_open_senders) if sender.pid != os.getpid()]:
+    for sender in {*_open_senders, *closed}:
+        if sender.pid == os.getpid():
+            continue
+        stopped = sender.outbox.state.stopped
         sender.after_fork()
+        if stopped:
+            sender.outbox.closed, sender.outbox.state = True, _State(stopped=True)
         if sender.owner() is None:
             _open_senders.discard(sender)
 
@@ -3734,7 +3752,7 @@ class Client:
             return
         sender = self._sender
         if sender.pid != os.getpid():  # as _here() has it, without the call
-            _after_fork()
+            _after_fork(sender)
         sender.put(entry._body)
 
     def try_log(
@@ -3849,7 +3867,7 @@ class Client:
     def _here(self) -> _Sender:
         """Return the sender, made anew in a child of a fork that did not run Python's hooks."""
         if self._sender.pid != os.getpid():
-            _after_fork()
+            _after_fork(self._sender)
         return self._sender
 
     def timer(
