@@ -3176,7 +3176,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork(*closed: _Sender) -> None:
-    """Start anew in a child process; a client that was closed stays closed, with locks of its own."""
+    """Start anew in a child process; a closed client stays closed, with locks of its own."""
     global _minted
     _minted = _NOT_MINTED
     _forking.clear()
