@@ -1063,6 +1063,8 @@ def _is_from_handler(exc: BaseException) -> bool:
     Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
     given the frame that it has interrupted.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return False  # no other thread runs handlers
     trace = exc.__traceback__
     above: list[Any] = []
     while trace is not None:
@@ -1178,6 +1180,7 @@ _SPOOL_NAMES = 1000  # files of one spool at most: one for each process that wri
 _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
 _FREE_PAGES = 16  # in a drained file: what is more goes back to the disk
+_ORPHANS = 8  # of dead processes' files held at once
 _ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
@@ -1194,7 +1197,7 @@ _SQL_INSERT = (
     "INSERT INTO logs (id, body) VALUES (1 + max(?, (SELECT ifnull(max(id), 0) FROM logs)), ?)"
 )
 _SQL_LAST = "SELECT ifnull(max(id), 0) FROM logs"
-_SQL_COUNT = "SELECT count(*) FROM logs WHERE error IS NULL"
+_SQL_COUNT = "SELECT count(*) FROM logs WHERE id <= ? AND error IS NULL"
 _SQL_READ = "SELECT id, body FROM logs WHERE id > ? AND error IS NULL ORDER BY id LIMIT ?"
 _SQL_DELIVERED = "DELETE FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
 _SQL_DROPPED = "UPDATE logs SET error = ? WHERE id BETWEEN ? AND ? AND error IS NULL"
@@ -1217,8 +1220,12 @@ def _lock_file(path: str) -> Any:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
         file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))
+        found = os.fstat(file.fileno())
         try:
-            _check_owner(path, os.fstat(file.fileno()))
+            if found.st_size:
+                raise _NoSpool(f"{os.path.basename(path)} is somebody's file")
+            if found.st_nlink:  # else its holder has just removed it
+                _check_owner(path, found)
             if sys.platform == "win32":
                 import msvcrt
 
@@ -1242,7 +1249,7 @@ def _lock_file(path: str) -> Any:
 
 def _unlock_file(file: Any) -> None:
     try:
-        if not file.closed:
+        if not file.closed and os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name)):
             os.unlink(
                 file.name
             )  # before the lock is given up: nobody must find the file and lock it
@@ -1255,6 +1262,8 @@ def _check_owner(path: str, found: os.stat_result) -> None:
     """Refuse what is no regular file, or belongs to another user, who could feed us logs."""
     if not stat.S_ISREG(found.st_mode):
         raise _NoSpool("it is not a regular file")
+    if found.st_nlink > 1:
+        raise _NoSpool(f"{os.path.basename(path)} has another name elsewhere")
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
         raise _NoSpool(f"{os.path.basename(path)} belongs to another user")
 
@@ -1303,16 +1312,13 @@ class _SpoolFile:
         self.path, self.lock = path, lock
         self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
-        self.count: int | None = None  # rows that waited then; None: not counted yet
+        # Rows that waited then; None: not counted yet, which takes its time where there are many.
+        self.count: int | None = None if self.last else 0
         self.settled = (0, 0)  # the last row that was settled, and how many were read up to it
         self.moving: tuple[bytes | None, int] = (None, 0)  # a log from memory, and its row to be
         self.undone: deque[tuple[str, tuple[Any, ...]]] = deque()  # statements for settled rows
         self.known = 0  # rows that waited when somebody looked last
         self.changes = 0  # conn.total_changes at the last checkpoint
-
-    def is_drained(self) -> bool:
-        """Tell whether no row waits in a file that has just been opened."""
-        return not self.conn.execute(_SQL_READ, (0, 1)).fetchall()
 
     def read(self, batches: Sequence[_Batch]) -> tuple[int, int]:
         """Return the last row that was read, and how many rows had been read with it."""
@@ -1327,6 +1333,7 @@ class _SpoolFile:
 
     def add(self, data: bytes) -> None:
         self.conn.execute(_SQL_INSERT, (max(self.last, self.settled[0]), data))
+        self.known += 1
 
     def move(self, logs: deque[bytes]) -> None:
         """Take the oldest of these logs; once, though an exception may strike between two steps."""
@@ -1364,6 +1371,9 @@ class _SpoolFile:
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
             conn.close()
+            # Its lock has the same name still: nobody has removed it and made another.
+            lock = os.lstat(self.lock.name)
+            empty = empty and os.path.samestat(os.fstat(self.lock.fileno()), lock)
             for suffix in ("", "-wal", "-shm") if empty else ():
                 if os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
@@ -1478,6 +1488,8 @@ class SqliteSpool:
             ChirrOpError: a file cannot be read, or is not a spool.
         """
         rows: list[tuple[bytes, str]] = []
+        if remove:
+            self.dead_letters()  # raises before anything is removed
         for path in self._paths():
             try:
                 rows += self._dead_rows(path, remove)
@@ -1488,6 +1500,7 @@ class SqliteSpool:
         return [{"log": _decoded(body), "error": error} for body, error in rows]
 
     def _dead_rows(self, path: str, remove: bool) -> list[tuple[bytes, str]]:
+        _check_neighbours(path)
         _check_owner(path, os.lstat(path))
         if not os.path.getsize(path):
             return []
@@ -1538,24 +1551,18 @@ class SqliteSpool:
                 if number == 1:
                     raise
                 continue
-            if file is not None and file.is_drained():
-                file.count = 0
+            if file is not None:
                 return file
-            if file is not None:  # what waits there is sent like any dead process's
-                self._orphans += (file,)
         raise _NoSpool(f"{_SPOOL_NAMES} files of this spool are in use")
 
     def _open(self, path: str, create: bool) -> _SpoolFile | None:
         """Return a file that is ours alone from now on; None when somebody else holds it."""
-        _check_neighbours(path)
-        exists = os.path.lexists(path)
-        if exists:
+        if not (self._is_there(path) or create):
+            return None
+        if os.path.lexists(path):
             found = os.lstat(path)
-            _check_owner(path, found)
             if (found.st_dev, found.st_ino) in _inherited:
                 return None
-        elif not create:
-            return None
         lock = _lock_file(path + "-lock")
         if lock is None:
             return None
@@ -1565,11 +1572,7 @@ class SqliteSpool:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             ready = _check_header(path)
             conn, side = self._connect(path, "rw"), self._connect(path, "rw")
-            for statement in () if ready else _SQL_CREATE:
-                conn.execute(statement)
-            conn.execute("PRAGMA journal_mode = WAL").fetchall()
-            conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
-            conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+            self._prepare(conn, () if ready else _SQL_CREATE)
             file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
@@ -1583,6 +1586,27 @@ class SqliteSpool:
         if os.lstat(path).st_mode & 0o077 and os.name == "posix":
             self.warn(f"spool {path} can be read by other users: chmod 600 it")
         return file
+
+    @staticmethod
+    def _is_there(path: str) -> bool:
+        """Tell whether there is a file that is not empty; refuse what could be used against us."""
+        _check_neighbours(path)
+        if os.path.lexists(path):
+            _check_owner(path, os.lstat(path))
+            if os.path.getsize(path):
+                return True
+        for suffix in ("-wal", "-shm"):
+            if os.path.lexists(path + suffix):
+                raise _NoSpool(f"{os.path.basename(path)}{suffix} is there already")
+        return False
+
+    def _prepare(self, conn: Any, creation: Iterable[str]) -> None:
+        for statement in creation:
+            conn.execute(statement)
+        conn.execute("PRAGMA journal_mode = WAL").fetchall()
+        conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
+        conn.execute(f"PRAGMA synchronous = {self.synchronous}")
+        conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")  # fails if it is read-only
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None if there is none."""
@@ -1612,8 +1636,9 @@ class SqliteSpool:
         """Say what is wrong with a file, and give up a damaged one."""
         if file is not None and self._is_damage(exc):
             self.lost += file.known
+            file.conn.close()
+            self._set_aside(file.path)  # before somebody else may hold a file of this name
             self._give_up(file)
-            self._set_aside(file.path)
         else:
             self._retry_at = time.monotonic() + SPOOL_RETRY_SECONDS
         self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {exc}")
@@ -1720,7 +1745,8 @@ class SqliteSpool:
         file = self._usable()
         if file is not None:
             self._attempt(file, self._store_inbox, file)
-        self._catch_up()
+        for held in self._files():
+            self._attempt(held, held.work_off)
         self._closed = True  # what comes now is not stored, and what is in the files, not sent
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
@@ -1754,19 +1780,19 @@ class SqliteSpool:
         while self._sides:
             self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
-        if file is None:
-            return None
-        if time.monotonic() >= self._retry_at:
+        if file is not None and time.monotonic() >= self._retry_at:
             _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
-            _exclusively(self.lock, self._catch_up)
         wait = self._look_around()
+        for held in self._files():
+            if held.count is None:
+                self._count(held)
+            if held.undone:
+                _exclusively(self.lock, self._attempt, held, held.work_off)
         for orphan in self._orphans:
-            if orphan.count is None:
-                orphan.count = sum(self._attempt(orphan, self._count, orphan))
-            else:
-                self._shrink(orphan)
-                _exclusively(self.lock, self._let_go, orphan)
-        if file.conn is not None and file.conn.total_changes - file.changes >= _TEND_ROWS:
+            self._shrink(orphan)
+            _exclusively(self.lock, self._let_go, orphan)
+        ready = file is not None and file.conn is not None
+        if ready and file.conn.total_changes - file.changes >= _TEND_ROWS:
             self._checkpoint(file)
         return wait
 
@@ -1782,22 +1808,22 @@ class SqliteSpool:
         self._take_over()
         return None
 
-    def _catch_up(self) -> None:
-        """Remove what was settled while the disk was full."""
-        for file in self._files():
-            self._attempt(file, file.work_off)
-
     def _store_inbox(self, file: _SpoolFile) -> None:
         while self._inbox:
             file.move(self._inbox)
 
-    @staticmethod
-    def _count(orphan: _SpoolFile) -> int:
-        return int(orphan.side.execute(_SQL_COUNT).fetchall()[0][0])
+    def _count(self, file: _SpoolFile) -> None:
+        try:
+            rows = file.side.execute(_SQL_COUNT, (file.last,)).fetchall()
+            file.count = int(rows[0][0])
+        except self._failures as exc:
+            _exclusively(self.lock, self._trouble, file, exc)
 
     def _take_over(self) -> None:
         held = {file.path for file in self._files()}
         for path in self._paths():
+            if len(self._orphans) >= _ORPHANS:
+                return
             try:
                 file = self._open(path, create=False) if path not in held else None
             except (*self._failures, _NoSpool) as exc:
@@ -1815,8 +1841,11 @@ class SqliteSpool:
         batches = self.batches()
         if any(batch.place[0] is orphan for batch in batches) or orphan.undone:
             return
+        if orphan.count is None:
+            return
         if self._attempt(orphan, orphan.size, batches) == (0,):
             self._give_up(orphan)
+            self._looked_at = -math.inf  # there may be more
 
     def _shrink(self, file: _SpoolFile) -> None:
         """Give the disk back what a drained file has taken, if it is the one that stays."""
@@ -2362,7 +2391,7 @@ class _Outbox:
         self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError, now: float
     ) -> None:
         """Let a batch wait for another attempt, or drop it when it has had them all."""
-        failures = state.failures + (batch.era == state.failures)
+        failures = max(1, state.failures + (batch.era == state.failures))
         pause = _backoff(failures, error.retry_after, self._rand)
         state = state._replace(
             failures=failures,
@@ -2395,7 +2424,7 @@ class _Outbox:
 
     def _drop(self, state: _State, batch: _Batch, reason: str, error: ChirrOpError) -> None:
         self.buffer.settle(batch, str(error))
-        for flush in self.flushes:
+        for flush in list(self.flushes):
             if batch.first < flush.mark:
                 flush.clean = False
         state = state._replace(settled=state.settled + len(batch.items))
@@ -2407,7 +2436,7 @@ class _Outbox:
         lost = self.buffer.lost
         if lost:
             self.buffer.lost = 0
-            for flush in self.flushes:
+            for flush in list(self.flushes):
                 flush.clean = False
             state = self.state._replace(settled=self.state.settled + lost)
             error = ChirrOpError("they are in a damaged spool file")
@@ -2445,7 +2474,8 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
-        if self._left() >= flush.mark and all(batch.exhausted for batch in unsettled):
+        gone = self._left() >= flush.mark or not self.buffer.size()
+        if gone and all(batch.exhausted for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
@@ -2522,7 +2552,7 @@ class _Outbox:
 
     def _said(self, reason: str, count: int) -> None:
         unsaid = dict(self.state.unsaid)
-        total, text = unsaid.pop(reason)
+        total, text = unsaid.pop(reason, (0, ""))
         if total > count:
             unsaid[reason] = (total - count, text)
         self._set(unsaid=unsaid)
@@ -2598,8 +2628,8 @@ class _Crew:
         starting = [thread for thread, until in list(self._starting.items()) if until > now]
         return iter([*self._running, *starting])
 
-    def start(self, work: Callable[..., Any], name: str, *args: Any) -> bool:
-        """Start a thread; False where there can be none.
+    def start(self, work: Callable[..., Any], name: str, limit: int, lock: Any, *args: Any) -> bool:
+        """Start a thread, unless there are `limit` of them; False where there can be none.
 
         That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its
         stack, in uWSGI. Not to be called under a lock: with gevent, others run meanwhile.
@@ -2608,10 +2638,9 @@ class _Crew:
             return False
         starting = self._starting
         try:
-            run = self._run
-            thread = threading.Thread(target=run, name=name, args=(work, *args), daemon=True)
-            starting[thread] = time.monotonic() + 1.0
-            thread.start()
+            thread = threading.Thread(target=self._run, args=(work, *args), daemon=True)
+            if _exclusively(lock, self._enlist, thread, name, limit):
+                thread.start()
             return True
         except BaseException as exc:
             starting.clear()  # those that run have left it, or will
@@ -2621,6 +2650,14 @@ class _Crew:
                 raise
             return False
 
+    def _enlist(self, thread: threading.Thread, name: str, limit: int) -> bool:
+        number = len(list(self)) + 1
+        if number > limit:
+            return False
+        thread.name = f"{name}-{number}"
+        self._starting[thread] = time.monotonic() + 1.0
+        return True
+
     def _run(self, work: Callable[..., Any], *args: Any) -> None:
         me = threading.current_thread()
         self._running[me] = None
@@ -2628,14 +2665,23 @@ class _Crew:
         try:
             work(*args)
         finally:
-            self._running.pop(me, None)
+            self.leave()
+
+    def leave(self) -> None:
+        """Count this thread no more."""
+        self._running.pop(threading.current_thread(), None)
 
     def join(self, deadline: float) -> None:
-        """Wait for those that run, but for this thread itself."""
-        for thread in list(self._running):
-            if thread is not threading.current_thread():
-                left = deadline - time.monotonic()
-                thread.join(max(0.0, min(threading.TIMEOUT_MAX, left)))
+        """Wait until there is none but this thread; one may have started another."""
+        me = threading.current_thread()
+        while others := [thread for thread in self if thread is not me]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                others[0].join(min(threading.TIMEOUT_MAX, left))
+            except RuntimeError:
+                time.sleep(0.001)  # it has not begun
 
 
 class _Reporter:
@@ -2682,23 +2728,36 @@ class _Reporter:
         """Tell what is due in a thread of its own; False where there can be none."""
         if not self.due() or any(self.threads):
             return True
-        return self.threads.start(self.run, "chirrop-reporter")
+        return self.threads.start(self._work, "chirrop-reporter", 1, self._outbox.buffer.lock)
 
-    def run(self, final: bool = False) -> None:
-        """Tell what is due, in this thread; `final` lets no limit hold it back."""
-        if not _is_inside(_Reporter.tell.__code__, _exclusively.__code__):
-            self.tell()
-            self.write(final)
+    def _work(self) -> None:
+        done = self.run()
+        self.threads.leave()
+        if done:
+            self.kick()  # for what came when nothing seemed to be left
 
-    def tell(self, wait: float = 0.0) -> None:
-        """Call on_drop for each drop that it has not heard of, unless another thread does so.
+    def run(self, final: bool = False) -> bool:
+        """Tell what is due, in this thread; `final` lets no limit hold it back.
+
+        False: another thread is at it, or this one, further up its stack.
+        """
+        nested = _Reporter.tell.__code__, _Reporter._write.__code__, _exclusively.__code__
+        if _is_inside(*nested) or not self.tell():
+            return False
+        self.write(final)
+        return True
+
+    def tell(self, wait: float = 0.0) -> bool:
+        """Call on_drop for each drop that it has not heard of; False if another thread does so.
 
         That is waited for at most `wait` seconds.
         """
         lock = self._telling
         try:
-            if lock.acquire(timeout=max(0.0, min(threading.TIMEOUT_MAX, wait))):
-                self._tell()
+            if not lock.acquire(timeout=max(0.0, min(threading.TIMEOUT_MAX, wait))):
+                return False
+            self._tell()
+            return True
         finally:
             while lock._is_owned():  # type: ignore[attr-defined]
                 lock.release()
@@ -2737,7 +2796,7 @@ class _Reporter:
         if self._level != NOTSET:
             logger.setLevel(self._level)
         try:
-            while self._notes:
+            for _ in range(len(self._notes)):
                 logger.log(*self._notes.popleft())
             for reason, (count, text) in unsaid.items():
                 self._next["drops"] = time.monotonic() + REPORT_SECONDS
@@ -2778,8 +2837,8 @@ class _Sender:
         """Forget the parent's threads: they do not exist in a child process."""
         self.outbox.after_fork()
         self.report.after_fork()
-        self._link.after_fork()
         self._start()
+        self._link.after_fork()
 
     # Logs in.
 
@@ -2851,13 +2910,14 @@ class _Sender:
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        number = len(list(self._threads)) + 1
-        if number > self.outbox.state.width:
+        width = self.outbox.state.width
+        if len(list(self._threads)) >= width:
             return
         _close_with_multiprocessing()
         if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
             importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
-        if self._threads.start(self._run, f"chirrop-sender-{number}", self._threads):
+        lock, threads = self.outbox.buffer.lock, self._threads
+        if threads.start(self._run, "chirrop-sender", width, lock, threads):
             self._bell.ring()
             return
         # flush, close and exit send in their own thread.
@@ -2877,6 +2937,9 @@ class _Sender:
             pass  # a worker's abort, raised in here: the next log starts another sender
         finally:
             self.outbox.release(threading.get_ident())
+            if _exiting and self._threads is threads:
+                self.report.run()  # for the exiting thread, which on_drop must not hold up
+            threads.leave()  # before the bell is reset: from here on put() starts another
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
@@ -2893,6 +2956,8 @@ class _Sender:
             self._deliver(batch, self._config.timeout)
         except Exception as exc:  # a bug of ours, or no memory: a sender goes on
             self.report.note("sender", _ERROR, f"sender failed: {type(exc).__name__}: {exc}")
+            self.outbox.release(threading.get_ident())
+            self._ring()
             time.sleep(1.0)
         return True
 
@@ -2907,7 +2972,8 @@ class _Sender:
             if self.owner() is None and not outbox.held():
                 self.shut(True, 0.0)
                 break
-            self._tell()  # a look into the buffer may have ended a wait, too
+            self._look()  # the buffer may have lost what somebody waits for
+            self.report.kick()
             self._wake_at = outbox.wake_level(self._clock())
             waits = [outbox.due_in(self._clock()), look_in]
             wait = min((wait for wait in waits if wait is not None), default=math.inf)
@@ -2934,13 +3000,17 @@ class _Sender:
 
     # Callers that wait.
 
-    def _tell(self) -> None:
+    def _look(self) -> None:
         """Wake the callers whose wait is over."""
         for caller in list(self._callers):
             ready, bell = caller
             if ready():
                 _discard(self._callers, caller)
                 bell.ring()
+
+    def _tell(self) -> None:
+        """Wake the callers whose wait is over, and report what there is to report."""
+        self._look()
         if not self.report.kick():
             self.report.run()
 
@@ -2949,7 +3019,8 @@ class _Sender:
         caller = ready, _Bell()
         try:
             while True:
-                self._callers.append(caller)
+                if caller not in self._callers:
+                    self._callers.append(caller)
                 left = deadline - self._clock()
                 if ready() or left <= 0:
                     return ready()
@@ -3030,7 +3101,8 @@ class _Sender:
         """Report all that there is to report, if it can be had by `deadline`."""
         if _is_inside(_Reporter.tell.__code__):
             return
-        self.report.kick()
+        if not self.report.kick():
+            self._threads.join(deadline)
         self.report.threads.join(deadline)
         if not any(self.report.threads):
             self.report.tell(deadline - self._clock())
@@ -3109,6 +3181,9 @@ _finalizing: dict[str, int] = {}  # the process in which that has been arranged
 _FORK_SECONDS = 5.0  # a fork waits at most so long for other threads' use of SQLite
 
 
+_forking: dict[int, list[Any]] = {}  # thread that forks -> locks taken for that moment
+
+
 def _locks() -> list[Any]:
     """Return the locks under which SQLite is used, in the order in which they are taken."""
     buffers: list[Any] = [sender.outbox.buffer for sender in list(_open_senders)]
@@ -3119,21 +3194,29 @@ def _locks() -> list[Any]:
 def _before_fork() -> None:
     """Wait until no thread of ours is inside SQLite, whose own locks a child would find taken."""
     deadline = time.monotonic() + _FORK_SECONDS
-    for lock in _locks():
+    _forking[threading.get_ident()] = locks = _locks()
+    for lock in locks:
         lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_parent() -> None:
-    for lock in _locks():
+    for lock in _forking.pop(threading.get_ident(), []):
         if lock._is_owned():
             lock.release()
 
 
-def _after_fork() -> None:
+def _after_fork(*closed: _Sender) -> None:
+    """Start anew in a child process; a closed client stays closed, with locks of its own."""
     global _minted
     _minted = _NOT_MINTED
-    for sender in [sender for sender in _open_senders if sender.pid != os.getpid()]:
+    _forking.clear()
+    for sender in {*_open_senders, *closed}:
+        if sender.pid == os.getpid():
+            continue
+        stopped = sender.outbox.state.stopped
         sender.after_fork()
+        if stopped:
+            sender.outbox.closed, sender.outbox.state = True, _State(stopped=True)
         if sender.owner() is None:
             _open_senders.discard(sender)
 
@@ -3424,8 +3507,11 @@ class _UrllibTransport:
     def close(self) -> None:
         self._closed = True
         for kept in list(self._idle.values()):
-            while kept:
-                kept.pop()[0].close()
+            try:
+                while kept:
+                    kept.pop()[0].close()
+            except IndexError:  # another thread took the last one, which comes back here
+                pass
 
 
 def _has_input(sock: Any) -> bool:
@@ -3504,7 +3590,10 @@ class _Link:
         return _Answer(status, bytes(content), fields)
 
     def after_fork(self) -> None:
-        getattr(self._transport, "after_fork", lambda: None)()
+        try:
+            getattr(self._transport, "after_fork", lambda: None)()
+        except Exception:
+            pass  # the application's: it must not keep other clients from starting anew
 
     def close(self) -> None:
         if isinstance(self._transport, _UrllibTransport):  # another one is its maker's to close
@@ -3693,7 +3782,7 @@ class Client:
             return
         sender = self._sender
         if sender.pid != os.getpid():  # as _here() has it, without the call
-            _after_fork()
+            _after_fork(sender)
         sender.put(entry._body)
 
     def try_log(
@@ -3808,7 +3897,7 @@ class Client:
     def _here(self) -> _Sender:
         """Return the sender, made anew in a child of a fork that did not run Python's hooks."""
         if self._sender.pid != os.getpid():
-            _after_fork()
+            _after_fork(self._sender)
         return self._sender
 
     def timer(
