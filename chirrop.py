@@ -1713,7 +1713,10 @@ class SqliteSpool:
 
     def _rows(self) -> int:
         batches = self.batches()
-        return sum(sum(self._attempt(file, file.size, batches)) for file in self._files())
+        for file in self._files():
+            self._attempt(file, file.size, batches)
+        # Where it could not look, what it knew: no flush may take them for sent.
+        return sum(file.known for file in self._files() if file.count is not None)
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         """Put the oldest logs into an empty batch; in a file they stay until it is settled."""
