@@ -1348,7 +1348,7 @@ class Simulation:
     STRIKES = Interrupt, TimeLimit, NoMemory, TooDeep
     # What may find the disk full, or locked.
     file = chirrop._SpoolFile
-    DISK = file.add, file.fill, file.move, file.work_off
+    DISK = file.add, file.fill, file.move, file.work_off, file.size
 
     running = None  # the one whose calls are struck
 
