@@ -1011,7 +1011,10 @@ class SpoolBufferTest(BufferMixin, TestCase):
 
     def tearDown(self):
         super().tearDown()
-        chirrop._inherited.clear()  # of a fork that was none
+        for connections in chirrop._inherited.values():  # of a fork that was none
+            for connection in connections:
+                connection.close()
+        chirrop._inherited.clear()
 
     def test_what_is_filled_stays_in_the_file_until_it_is_settled(self):
         self.put(1, 2, 3)
@@ -1679,6 +1682,7 @@ class SimulationTest(TestCase):
         caught.__enter__()
         self.addCleanup(caught.__exit__, None, None, None)
         warnings.simplefilter("ignore", ResourceWarning)  # of files in the hands of a struck call
+        self.addCleanup(gc.collect)
 
     def patch(self, *args):
         patcher = mock.patch.object(*args)
