@@ -4740,6 +4740,7 @@ class InterruptedCase(TestCase):
         warnings.simplefilter("ignore", ResourceWarning)
 
 
+@unittest.skipIf(sys.gettrace(), "somebody else traces, such as coverage")
 class InterruptTest(InterruptedCase):
     """In a full run at every instruction, which takes most of an hour; else at a few of each."""
 
@@ -4916,6 +4917,7 @@ class TimeLimitTest(InterruptedCase):
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
 @unittest.skipUnless(sys.implementation.name == "cpython", "another interpreter's instructions")
+@unittest.skipIf(sys.gettrace(), "somebody else traces, such as coverage")
 class ReentryTest(InterruptedCase):
     """A handler may do anything wherever its thread waits, in the threading module as well."""
 
