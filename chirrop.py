@@ -1198,6 +1198,7 @@ _SQL_INSERT = (
 )
 _SQL_LAST = "SELECT ifnull(max(id), 0) FROM logs"
 _SQL_COUNT = "SELECT count(*) FROM logs WHERE id <= ? AND error IS NULL"
+_SQL_WAITING = "SELECT count(*) FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
 _SQL_READ = "SELECT id, body FROM logs WHERE id > ? AND error IS NULL ORDER BY id LIMIT ?"
 _SQL_DELIVERED = "DELETE FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
 _SQL_DROPPED = "UPDATE logs SET error = ? WHERE id BETWEEN ? AND ? AND error IS NULL"
@@ -1739,9 +1740,16 @@ class SqliteSpool:
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
-        """Tell whether a batch's logs are in a file."""
-        file = batch.place[0]
-        return file is not None and file.conn is not None
+        """Tell whether a batch's logs wait in a file."""
+        file, ids, _ = batch.place
+        if file is None or file.conn is None:
+            return False
+        if not batch.answers:
+            return True
+        # Its sender may have been interrupted after the file was changed, and before the account.
+        query = _SQL_WAITING, (ids[0], ids[-1])
+        rows = self._attempt(file, lambda: file.conn.execute(*query).fetchall())
+        return rows == ([(len(ids),)],)
 
     def leave(self) -> int:
         """Store what can be stored, and return how many logs the next client on this path finds."""
