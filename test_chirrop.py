@@ -4811,6 +4811,7 @@ class InterruptTest(InterruptedCase):
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to interrupt with here")
+@unittest.skipIf(sys.gettrace(), "somebody else traces, such as coverage")
 class TimeLimitTest(InterruptedCase):
     """Real signals at random moments, whose handler raises an Exception, against a job."""
 
