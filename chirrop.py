@@ -897,8 +897,9 @@ class Config:
         transport: callable that makes one attempt in place of urllib (see the README).
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
-        on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
-            dropped them; it may log, flush and close, and what it raises is caught and logged.
+        on_drop: called as on_drop(logs, error) with the dropped logs as dicts, on a thread of its
+            own (where none can be had, in flush and close); it may log, flush and close, and what
+            it raises is caught and logged. After an interruption it may hear of logs once more.
         disabled: True checks logs, then discards them: no key, no thread, no network; None is what
             CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
