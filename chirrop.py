@@ -2488,8 +2488,7 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
-        gone = self._left() >= flush.mark or not self.buffer.size()
-        if gone and all(batch.exhausted for batch in unsettled):
+        if self._left() >= flush.mark and all(batch.exhausted for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
