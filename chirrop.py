@@ -1276,8 +1276,10 @@ def _check_neighbours(path: str) -> None:
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
         raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):
-        if os.path.lexists(path + suffix):
+        try:
             _check_owner(path + suffix, os.lstat(path + suffix))
+        except FileNotFoundError:
+            pass  # most often there is none
 
 
 def _check_header(path: str) -> bool:
