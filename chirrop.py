@@ -1575,6 +1575,8 @@ class SqliteSpool:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             ready = _check_header(path)
             conn, side = self._connect(path, "rw"), self._connect(path, "rw")
+            # SQLite may just have undone a creation that was killed in the middle.
+            ready = ready and conn.execute("PRAGMA application_id").fetchall() == [(_SPOOL_ID,)]
             self._prepare(conn, () if ready else _SQL_CREATE)
             file = _SpoolFile(path, lock, conn, side)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
