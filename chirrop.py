@@ -1832,6 +1832,8 @@ class SqliteSpool:
             rows = file.side.execute(_SQL_COUNT, (file.last,)).fetchall()
             _exclusively(self.lock, self._found, file, int(rows[0][0]))
         except self._failures as exc:
+            if _is_from_handler(exc):
+                raise
             _exclusively(self.lock, self._trouble, file, exc)
 
     def _found(self, file: _SpoolFile, count: int) -> None:
