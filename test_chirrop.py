@@ -1353,6 +1353,8 @@ class Simulation:
     file = chirrop._SpoolFile
     DISK = file.add, file.fill, file.move, file.work_off, file.size
 
+    FILL = file.fill.__code__
+
     running = None  # the one whose calls are struck
 
     def __init__(self, seed, path=None):
@@ -1411,7 +1413,9 @@ class Simulation:
     def fail(cls, function):
         self = cls.running
         if self.faulty and not self.healthy and self.rng.random() < 0.1:
-            self.out_of_order |= function.__name__ == "fill"  # what is in memory overtakes it
+            # What is in memory overtakes a file that cannot be read.
+            reading = function.__code__, *(frame.f_code for frame, _ in traceback.walk_stack(None))
+            self.out_of_order |= cls.FILL in reading
             raise sqlite3.OperationalError("database or disk is full")
 
     @classmethod
