@@ -897,8 +897,9 @@ class Config:
         transport: callable that makes one attempt in place of urllib (see the README).
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
-        on_drop: called as on_drop(logs, error) with the dropped logs as dicts, from the thread that
-            dropped them; it may log, flush and close, and what it raises is caught and logged.
+        on_drop: called as on_drop(logs, error) with the dropped logs as dicts, on a thread of its
+            own (where none can be had, in flush and close); it may log, flush and close, and what
+            it raises is caught and logged. After an interruption it may hear of logs once more.
         disabled: True checks logs, then discards them: no key, no thread, no network; None is what
             CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
@@ -1276,8 +1277,10 @@ def _check_neighbours(path: str) -> None:
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
         raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):
-        if os.path.lexists(path + suffix):
+        try:
             _check_owner(path + suffix, os.lstat(path + suffix))
+        except FileNotFoundError:
+            pass  # most often there is none
 
 
 def _check_header(path: str) -> bool:
@@ -2503,8 +2506,7 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
-        gone = self._left() >= flush.mark or not self.buffer.size()
-        if gone and all(batch.exhausted for batch in unsettled):
+        if self._left() >= flush.mark and all(batch.exhausted for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
