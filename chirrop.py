@@ -1139,6 +1139,7 @@ def _move(logs: deque[bytes], batch: _Batch, limit: int) -> None:
 class _Memory:
     """Logs that wait in memory. A deque's append is atomic and re-entrant: put needs no lock."""
 
+    found = 0  # logs that were taken over from another process, and go first: none are here
     lost = 0  # logs that were lost with a damaged file, to be accounted for: none are here
 
     def __init__(self) -> None:
@@ -1457,6 +1458,7 @@ class SqliteSpool:
         self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self._closed = False
+        self.found = 0  # logs that were taken over, and go before others: flushes allow for them
         self.lost = 0  # logs in damaged files, to be accounted for
 
     def fresh(self) -> SqliteSpool:
@@ -1831,9 +1833,15 @@ class SqliteSpool:
     def _count(self, file: _SpoolFile) -> None:
         try:
             rows = file.side.execute(_SQL_COUNT, (file.last,)).fetchall()
-            file.count = int(rows[0][0])
+            _exclusively(self.lock, self._found, file, int(rows[0][0]))
         except self._failures as exc:
+            if _is_from_handler(exc):
+                raise
             _exclusively(self.lock, self._trouble, file, exc)
+
+    def _found(self, file: _SpoolFile, count: int) -> None:
+        self.found += count
+        file.count = count
 
     def _take_over(self) -> None:
         held = {file.path for file in self._files()}
@@ -2341,6 +2349,7 @@ class _Outbox:
 
     def _fill(self, now: float) -> _Batch | None:
         """Return a batch of the buffer's oldest logs, which was ours before it got them."""
+        self._allow_for_found()
         others = tuple(batch for batch in self.state.batches if batch.items)
         self._set(batches=others)
         batch = _Batch(self._left())
@@ -2466,6 +2475,7 @@ class _Outbox:
         return flush
 
     def _begin_flush(self, now: float) -> _Flush:
+        self._allow_for_found()
         state = self.state
         flush = _Flush(self._left() + self.buffer.size(), state.retries)
         for batch in state.batches:
@@ -2474,6 +2484,12 @@ class _Outbox:
         self._set(resume_at=min(state.resume_at, now))
         self.flushes.append(flush)
         return flush
+
+    def _allow_for_found(self) -> None:
+        """Move flushes behind what a spool has taken over since they began, which is sent first."""
+        found, self.buffer.found = self.buffer.found, 0
+        for flush in list(self.flushes):
+            flush.mark += found
 
     def end_flush(self, flush: _Flush) -> None:
         """Forget a flush whose caller has stopped waiting."""

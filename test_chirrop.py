@@ -1353,6 +1353,8 @@ class Simulation:
     file = chirrop._SpoolFile
     DISK = file.add, file.fill, file.move, file.work_off, file.size
 
+    FILL = file.fill.__code__
+
     running = None  # the one whose calls are struck
 
     def __init__(self, seed, path=None):
@@ -1374,6 +1376,7 @@ class Simulation:
     def start(self):
         rng = self.rng
         self.before, self.heard = len(self.accepted), set()
+        self.out_of_order = False
         self.config = Config(
             api_key=KEY, transport=self.transport, retries=rng.choice((0, 1, 3)), on_exhausted=rng.choice(("keep", "drop")),
             batch_size=rng.choice((1, 3, 250)), max_senders=rng.choice((1, 3)), on_drop=self.on_drop,
@@ -1399,7 +1402,7 @@ class Simulation:
         def step(*args, **kwargs):
             cls.strike()
             if function in cls.DISK:
-                cls.fail()
+                cls.fail(function)
             result = function(*args, **kwargs)
             cls.strike()
             return result
@@ -1407,9 +1410,12 @@ class Simulation:
         return step
 
     @classmethod
-    def fail(cls):
+    def fail(cls, function):
         self = cls.running
         if self.faulty and not self.healthy and self.rng.random() < 0.1:
+            # What is in memory overtakes a file that cannot be read.
+            reading = function.__code__, *(frame.f_code for frame, _ in traceback.walk_stack(None))
+            self.out_of_order |= cls.FILL in reading
             raise sqlite3.OperationalError("database or disk is full")
 
     @classmethod
@@ -1549,7 +1555,7 @@ class Simulation:
         held = set(self.accepted[self.before if self.faulty else 0 :])
         held -= {*self.dropped, *self.forgotten}
         deadline = self.now + self.rng.choice((0.0, 10.0, 1000.0, math.inf))
-        if self.call(self.sender.flush, deadline) == (True,):
+        if self.call(self.sender.flush, deadline) == (True,) and not self.out_of_order:
             assert held <= self.stored | self.dead_letters(), "flush was True too early"
 
     def stats(self):
@@ -2765,6 +2771,27 @@ log(c); os.kill(os.getpid(), 9)
             arrived += ids(json.loads(transport.seen.get(timeout=LONG)))
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.assertBalanced(client).delivered, 5)
+
+    def test_what_is_taken_over_during_a_flush_does_not_end_it_early(self):
+        path = self.spool()
+        spool = SqliteSpool(path)
+        self.addCleanup(spool.close)
+        outbox = chirrop._Outbox(spool, Config(api_key=KEY))
+        mine = [b'{"log_id": %d}' % number for number in range(300)]
+        for item in mine:
+            spool.put(item)
+        spool.tend()
+        flush, sent = outbox.begin_flush(0.0), []
+        self.make_spool(400, path)  # in PATH.2, by a client that has ended since
+        spool._looked_at = -math.inf
+        spool.tend()
+        self.assertEqual(spool.size(), 700)
+        while outbox.outcome(flush) is None:
+            batch = outbox.take(0.0, 1)
+            sent += batch.items
+            outbox.settle(batch, "delivered", None, 0.0)
+        self.assertTrue(outbox.outcome(flush))
+        self.assertEqual(len(set(mine) - set(sent)), 0)
 
     def test_logs_of_a_live_holder_are_left_alone(self):
         path = self.spool()
