@@ -3088,7 +3088,7 @@ c, s = client(), client(spool=sys.argv[2])
 log(c); log(s)
 assert c.flush(25) and s.flush(25)
 chirrop._FORK_SECONDS = 0.2
-locks = [c._outbox.buffer.lock, c._link._transport._lock, s._outbox.buffer.lock, s._outbox.buffer.tending]
+locks = [c._outbox.buffer.lock, c._link._transport._lock, s._outbox.buffer.tending, s._outbox.buffer.lock]
 held, go = threading.Event(), threading.Event()
 def hold():
     for lock in locks:
