@@ -1035,7 +1035,7 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
-# read, and what may be removed, follows from them. `lock` is the one lock of a client. Nothing that
+# read, and what may be removed, follows from them; `is_over()`, whether all sending has ended. `lock` is the one lock of a client. Nothing that
 # it guards is half done when somebody else looks, an interrupted caller's own signal handler
 # included: each step is one call of C, or one assignment, and the step that counts comes last.
 
@@ -1144,6 +1144,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self.batches: _Batches = tuple
+        self.is_over: Callable[[], bool] = bool
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -1444,6 +1445,7 @@ class SqliteSpool:
         self.required = bool(required)
         self.warn: Callable[[str], None] = lambda text: None
         self.batches: _Batches = tuple
+        self.is_over: Callable[[], bool] = bool
         self._reset()
 
     def _reset(self) -> None:
@@ -1457,7 +1459,6 @@ class SqliteSpool:
         self._retry_at = 0.0  # when a file that failed is tried again
         self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
         self._others = (0.0, 0)  # until when, and how many bytes other files take
-        self._closed = False
         self.found = 0  # logs that were taken over, and go before others: flushes allow for them
         self.lost = 0  # logs in damaged files, to be accounted for
 
@@ -1618,7 +1619,7 @@ class SqliteSpool:
 
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None if there is none."""
-        if self._closed:
+        if self.is_over():  # what comes now is not stored, and what is in the files, not sent
             return None
         due = time.monotonic() >= self._retry_at
         if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
@@ -1717,7 +1718,7 @@ class SqliteSpool:
 
     def size(self) -> int:
         """Return how many logs wait in the files held and in memory."""
-        return len(self._inbox) + (0 if self._closed else self._rows())
+        return len(self._inbox) + (0 if self.is_over() else self._rows())
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1729,7 +1730,7 @@ class SqliteSpool:
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         """Put the oldest logs into an empty batch; in a file they stay until it is settled."""
         for file in self._files():
-            if file.count is not None and not batch.items and not self._closed:
+            if file.count is not None and not batch.items and not self.is_over():
                 self._attempt(file, file.fill, batch, self.batches())
         if not batch.items:
             _move(self._inbox, batch, limit)
@@ -1765,12 +1766,10 @@ class SqliteSpool:
             self._attempt(file, self._store_inbox, file)
         for held in self._files():
             self._attempt(held, held.work_off)
-        self._closed = True  # what comes now is not stored, and what is in the files, not sent
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
 
     def close(self) -> None:
         """Close the files; not under the lock, for which the thread that tends may be waiting."""
-        self._closed = True
         _exclusively(self.tending, self._close)
 
     def _close(self) -> None:
@@ -2220,6 +2219,7 @@ class _Outbox:
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
         buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
+        buffer.is_over = lambda: self.state.stopped
         self.is_telling: Callable[[], bool] = lambda: False  # is this thread in on_drop?
         self._start()
 
@@ -2667,16 +2667,16 @@ class _Crew:
         """
         if _exiting or _has_no_threads():
             return False
-        starting = self._starting
+        handled = sys.exc_info()[1]
         try:
             thread = threading.Thread(target=self._run, args=(work, *args), daemon=True)
             if _exclusively(lock, self._enlist, thread, name, limit):
                 thread.start()
             return True
         except BaseException as exc:
-            starting.clear()  # those that run have left it, or will
-            if isinstance(exc, KeyError):  # how 3.13 hides what has interrupted it
-                raise (exc.__context__ or exc) from None
+            self._starting.clear()  # those that run have left it, or will
+            if exc.__context__ not in (None, handled):
+                raise exc.__context__ from None  # threading stumbles over what interrupts it
             if not isinstance(exc, RuntimeError) or isinstance(exc, RecursionError):
                 raise
             return False
