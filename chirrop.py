@@ -1209,7 +1209,7 @@ _SQL_DEAD = "SELECT body, error FROM logs WHERE error IS NOT NULL ORDER BY id"
 
 # What a forked child must neither close nor open again: SQLite keeps its locks by process and file,
 # and would take the parent's for the child's own.
-_inherited: dict[tuple[int, int], Any] = {}  # (device, inode) -> the parent's connections
+_inherited: dict[tuple[int, int], Any] = {}  # (device, inode) -> the parent's connection
 
 
 class _NoSpool(ChirrOpError):
@@ -1312,11 +1312,10 @@ def _check_header(path: str) -> bool:
 
 
 class _SpoolFile:
-    """A file of a spool that this process holds: lock, connections, how far it has been read."""
+    """A file of a spool that this process holds: lock, connection, how far it has been read."""
 
-    def __init__(self, path: str, lock: Any, conn: Any, side: Any) -> None:
-        self.path, self.lock = path, lock
-        self.conn, self.side = conn, side  # side: for what takes its time, and must not block a log
+    def __init__(self, path: str, lock: Any, conn: Any) -> None:
+        self.path, self.lock, self.conn = path, lock, conn
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         # Rows that waited then; None: not counted yet, which takes its time where there are many.
         self.count: int | None = None if self.last else 0
@@ -1369,10 +1368,7 @@ class _SpoolFile:
             self.undone.popleft()
 
     def close(self, removable: bool) -> None:
-        """Give the file up, and remove it if that is allowed and it is empty; may be repeated.
-
-        `side` stays open: its thread may be using it, which the sqlite3 module does not survive.
-        """
+        """Give the file up, and remove it if that is allowed and it is empty; may be repeated."""
         conn = self.conn
         try:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
@@ -1454,7 +1450,6 @@ class SqliteSpool:
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
-        self._sides: deque[Any] = deque()  # of files given up, for the thread that tends to close
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
         self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
@@ -1573,21 +1568,20 @@ class SqliteSpool:
         lock = _lock_file(path + "-lock")
         if lock is None:
             return None
-        conn = side = None
+        conn = None
         try:
             if not os.path.lexists(path):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             ready = _check_header(path)
-            conn, side = self._connect(path, "rw"), self._connect(path, "rw")
+            conn = self._connect(path, "rw")
             # SQLite may just have undone a creation that was killed in the middle.
             ready = ready and conn.execute("PRAGMA application_id").fetchall() == [(_SPOOL_ID,)]
             self._prepare(conn, () if ready else _SQL_CREATE)
-            file = _SpoolFile(path, lock, conn, side)
+            file = _SpoolFile(path, lock, conn)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
-            for opened in (conn, side):
-                if opened is not None:
-                    opened.close()
+            if conn is not None:
+                conn.close()
             if self._is_damage(exc):
                 self._set_aside(path)
             _unlock_file(lock)
@@ -1631,6 +1625,18 @@ class SqliteSpool:
                 self._trouble(None, exc)
         return self._own
 
+    def _aside(self, file: _SpoolFile, sql: str, *args: Any) -> list[Any]:
+        """Return the rows of a statement that takes its time, which must not hold up a log.
+
+        Not the file's own connection: closing that in another thread would end the process.
+        """
+        conn = self._connect(file.path, "rw")
+        try:
+            rows: list[Any] = conn.execute(sql, args).fetchall()
+            return rows
+        finally:
+            conn.close()
+
     def _attempt(self, file: _SpoolFile, work: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
         """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
         try:
@@ -1638,7 +1644,7 @@ class SqliteSpool:
         except self._failures as exc:
             if _is_from_handler(exc):
                 raise
-            self._trouble(file, exc)
+            _exclusively(self.lock, self._trouble, file, exc)
             return ()
 
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
@@ -1662,7 +1668,6 @@ class SqliteSpool:
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
     def _give_up(self, file: _SpoolFile) -> None:
-        self._sides.append(file.side)
         try:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
@@ -1774,17 +1779,8 @@ class SqliteSpool:
 
     def _close(self) -> None:
         for file in self._files():
-            self._shrink(file)
-            self._close_side(file.side)
+            self._attempt(file, self._shrink, file)
             _exclusively(self.lock, self._give_up, file)
-        while self._sides:
-            self._close_side(self._sides.popleft())
-
-    def _close_side(self, side: Any) -> None:
-        try:
-            side.close()
-        except self._sqlite3.Error:
-            pass  # its file is damaged
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1794,23 +1790,22 @@ class SqliteSpool:
         return wait
 
     def _tend(self) -> float | None:
-        while self._sides:
-            self._close_side(self._sides.popleft())
         file = _exclusively(self.lock, self._usable)
         if file is not None and time.monotonic() >= self._retry_at:
             _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
         wait = self._look_around()
         for held in self._files():
             if held.count is None:
-                self._count(held)
+                self._attempt(held, self._count, held)
             if held.undone:
                 _exclusively(self.lock, self._attempt, held, held.work_off)
         for orphan in self._orphans:
-            self._shrink(orphan)
+            self._attempt(orphan, self._shrink, orphan)
             _exclusively(self.lock, self._let_go, orphan)
         ready = file is not None and file.conn is not None
         if ready and file.conn.total_changes - file.changes >= _TEND_ROWS:
-            self._checkpoint(file)
+            self._attempt(file, self._aside, file, "PRAGMA wal_checkpoint(PASSIVE)")
+            _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
         return wait
 
     def _look_around(self) -> float | None:
@@ -1830,13 +1825,8 @@ class SqliteSpool:
             file.move(self._inbox)
 
     def _count(self, file: _SpoolFile) -> None:
-        try:
-            rows = file.side.execute(_SQL_COUNT, (file.last,)).fetchall()
-            _exclusively(self.lock, self._found, file, int(rows[0][0]))
-        except self._failures as exc:
-            if _is_from_handler(exc):
-                raise
-            _exclusively(self.lock, self._trouble, file, exc)
+        ((count,),) = self._aside(file, _SQL_COUNT, file.last)
+        _exclusively(self.lock, self._found, file, count)
 
     def _found(self, file: _SpoolFile, count: int) -> None:
         self.found += count
@@ -1872,24 +1862,14 @@ class SqliteSpool:
 
     def _shrink(self, file: _SpoolFile) -> None:
         """Give the disk back what a drained file has taken, if it is the one that stays."""
-        try:
-            if file.path != self.path or file.side.execute(_SQL_READ, (0, 1)).fetchall():
-                return
-            if file.side.execute("PRAGMA freelist_count").fetchall()[0][0] > _FREE_PAGES:
-                file.side.execute("VACUUM")
-                file.side.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except self._sqlite3.Error:
-            pass  # it stays large
-
-    def _checkpoint(self, file: _SpoolFile) -> None:
-        """Copy the WAL into the file, and begin it anew: most of it while others go on writing."""
-        try:
-            file.side.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        except self._sqlite3.Error:
-            pass  # the next step will say so
-        _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
+        if file.path == self.path and not self._aside(file, _SQL_READ, 0, 1):
+            ((free,),) = self._aside(file, "PRAGMA freelist_count")
+            if free > _FREE_PAGES:
+                self._aside(file, "VACUUM")
+                self._aside(file, "PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _finish_checkpoint(self, file: _SpoolFile) -> None:
+        """Begin the WAL anew, after most of it has been copied while others went on writing."""
         file.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         # The first commit of a new WAL syncs the disk: better this one than that of a log.
         file.conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")
@@ -1900,9 +1880,9 @@ class SqliteSpool:
         for file in self._files():
             try:
                 found = os.stat(file.path)
-                _inherited[found.st_dev, found.st_ino] = (file.conn, file.side)
+                _inherited[found.st_dev, found.st_ino] = file.conn
             except OSError:
-                _inherited[-1, file.lock.fileno()] = (file.conn, file.side)
+                _inherited[-1, file.lock.fileno()] = file.conn
             file.lock.close()  # the parent's own descriptor keeps the lock
         self._reset()
 
@@ -2225,9 +2205,8 @@ class _Outbox:
 
     def _start(self) -> None:
         self.state = _State()
-        self.closed = (
-            False  # takes no more logs; not part of the state, so that any code may set it
-        )
+        self.closed = False  # takes no more logs; not in the state, so that any code may set it
+        self.late: deque[bytes] = deque()  # logged all the same, and to be dropped
         self.flushes: list[_Flush] = []
         self._since: float | None = None  # when the oldest waiting log was first seen
 
@@ -2536,18 +2515,20 @@ class _Outbox:
             )
 
     def sweep(self) -> None:
-        """Drop what was logged after the end, unless this interrupts somebody who does it."""
+        """Drop what was logged after close, unless this interrupts somebody who does it."""
         if not self.buffer.lock._is_owned():
             self._locked(self._sweep, "logged after close")
 
     def _sweep(self, why: str) -> None:
         last = _Batch(self._left())
         self._set(batches=(*self.state.batches, last))
-        self.buffer.fill(last, sys.maxsize)
+        if self.state.stopped:
+            self.buffer.fill(last, sys.maxsize)
+        _move(self.late, last, sys.maxsize)
         for batch in self.state.batches:
-            if batch.items:
+            if batch.items and (batch is last or self.state.stopped):
                 self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
-        self._set(batches=())
+        self._set(batches=tuple(batch for batch in self.state.batches if batch.items))
         self._count_lost()
 
     # The account.
@@ -2892,10 +2873,9 @@ class _Sender:
         self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
         if self.outbox.is_telling():  # else on_drop would hear of what it logs itself
             return self.refuse("closed", data, ChirrOpError("logged after close"))
-        self.outbox.buffer.put(data)
-        if self.outbox.state.stopped:
-            self.outbox.sweep()
-            self._tell()
+        self.outbox.late.append(data)
+        self.outbox.sweep()
+        self._tell()
         return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:

@@ -1011,9 +1011,8 @@ class SpoolBufferTest(BufferMixin, TestCase):
 
     def tearDown(self):
         super().tearDown()
-        for connections in chirrop._inherited.values():  # of a fork that was none
-            for connection in connections:
-                connection.close()
+        for conn in chirrop._inherited.values():  # of a fork that was none
+            conn.close()
         chirrop._inherited.clear()
 
     def test_what_is_filled_stays_in_the_file_until_it_is_settled(self):
@@ -1572,11 +1571,11 @@ class Simulation:
         """Lose the process: everything in memory goes, the kernel closes its files and locks."""
         spool = self.outbox.buffer
         batches = [batch.items for batch in self.outbox.state.batches if not spool.stays(batch)]
-        for body in itertools.chain(spool._inbox, *batches):
+        for body in itertools.chain(spool._inbox, self.outbox.late, *batches):
             self.forgotten.add(json.loads(body)["log_id"])
-        connections = [conn for file in spool._files() for conn in (file.conn, file.side)]
-        for conn in filter(None, [*connections, *spool._sides]):
-            conn.close()
+        for file in spool._files():
+            if file.conn is not None:
+                file.conn.close()
         for lock in self.locks:
             lock.close()
         self.depth = 0
@@ -2194,7 +2193,7 @@ class SpoolTest(ProcessTestCase):
 
         def leave_with_a_late_log():
             left = leave()
-            spool.put(late._body)  # as of another thread that has found the client open
+            client.log(late)  # as a signal handler does
             return left
 
         spool.leave = leave_with_a_late_log
