@@ -366,6 +366,27 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _is_from_handler(exc: BaseException) -> bool:
+    """Tell whether a signal handler raised an exception, on top of what it interrupted.
+
+    Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
+    given the frame that it has interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False  # no other thread runs handlers
+    trace = exc.__traceback__
+    above: list[Any] = []
+    while trace is not None:
+        # Not the first frame, ours: its locals would be kept with the exception that they hold.
+        for given in trace.tb_frame.f_locals.values() if above else ():
+            values = given if isinstance(given, tuple) else (given,)
+            if any(value is frame for value in values for frame in above):
+                return True
+        above.append(trace.tb_frame)
+        trace = trace.tb_next
+    return False
+
+
 def _without_key(exc: BaseException, key: str) -> BaseException:
     """Return `exc` without tracebacks, whose frames hold the key; its stand-in if it quotes it."""
     link: BaseException | None = exc
@@ -376,7 +397,11 @@ def _without_key(exc: BaseException, key: str) -> BaseException:
         try:
             text = str(link)
             quoted = quoted or (bool(key) and (key in text or repr(str(key))[1:-1] in text))
-        except Exception:  # the application's own exception class
+        except (MemoryError, RecursionError):  # this thread's, not the exception's
+            raise
+        except Exception as trouble:  # the application's own exception class
+            if _is_from_handler(trouble):
+                raise
             quoted = True
         link = link.__cause__ or link.__context__
     if quoted:
@@ -1058,27 +1083,6 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
-def _is_from_handler(exc: BaseException) -> bool:
-    """Tell whether a signal handler raised an exception, on top of what it interrupted.
-
-    Not its type tells, for a time limit may well be a TimeoutError, but its place: a handler is
-    given the frame that it has interrupted.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return False  # no other thread runs handlers
-    trace = exc.__traceback__
-    above: list[Any] = []
-    while trace is not None:
-        # Not the first frame, ours: its locals would be kept with the exception that they hold.
-        for given in trace.tb_frame.f_locals.values() if above else ():
-            values = given if isinstance(given, tuple) else (given,)
-            if any(value is frame for value in values for frame in above):
-                return True
-        above.append(trace.tb_frame)
-        trace = trace.tb_next
-    return False
-
-
 def _is_our_own(exc: BaseException) -> bool:
     """Tell whether an exception struck where it is caught, before what was to be called."""
     return exc.__traceback__ is None or exc.__traceback__.tb_next is None
@@ -1099,13 +1103,14 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "answers", "attempts", "era", "exhausted", "first", "holder", "items", "not_before",
-        "place", "spent",
+        "answers", "attempts", "bodies", "era", "exhausted", "first", "holder", "items",
+        "not_before", "place", "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
         self.first = first  # the place of items[0] in the order in which logs left the buffer
         self.items: list[bytes] = []
+        self.bodies: list[bytes] = []  # of a request to be made: close() may take it back
         self.answers: list[Any] = []  # what the transport returned: not settled yet, it is not lost
         # The spool file that holds them, their ids there, and how many were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
@@ -1355,10 +1360,12 @@ class _SpoolFile:
         rows = self.conn.execute(_SQL_READ, (row, MAX_BATCH)).fetchall()
         if not all(type(body) is bytes for _, body in rows):
             raise ValueError("a row is not a log")
+        ids = [key for key, _ in rows]
+        number += len(rows)
         if len(rows) < MAX_BATCH:  # the end: what else was counted, somebody has removed by hand
-            self.count = (self.count or 0) + len(rows) - self.size(batches)
+            self.count = number - max(0, max([row, *ids]) - self.last)
         if rows:
-            batch.place = self, [key for key, _ in rows], number + len(rows)
+            batch.place = self, ids, number
             batch.items.extend([body for _, body in rows])
 
     def work_off(self) -> None:
@@ -2502,6 +2509,7 @@ class _Outbox:
 
     def _stop(self, clean: bool) -> None:
         for batch in self.state.batches:
+            batch.bodies.clear()
             if _is_delivered(batch.answers):  # its sender has not come to account for it
                 self._settle(batch, _DELIVERED, None, 0.0)
         state = self.state
@@ -2995,9 +3003,11 @@ class _Sender:
     def _deliver(self, batch: _Batch, timeout: float) -> None:
         """Make one attempt, account for it, and tell whoever must know."""
         threads = self._threads
-        body = b"[" + b",".join(batch.items) + b"]"
+        batch.bodies = [b"[" + b",".join(batch.items) + b"]"]
+        if self.outbox.state.stopped:  # before there was a body that it could have taken back
+            return
         url = self._config.api_endpoint
-        answer = self._link.attempt("POST", url, body, timeout, answers=batch.answers)
+        answer = self._link.attempt("POST", url, batch.bodies, timeout, answers=batch.answers)
         if self._threads is not threads:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
@@ -3563,22 +3573,25 @@ class _Link:
         self,
         method: str,
         url: str,
-        body: bytes | None,
+        bodies: Sequence[bytes | None],
         timeout: float,
         repeatable: bool = True,
         answers: list[Any] | None = None,
     ) -> _Answer:
-        """Return the answer to one request; `answers` has it before anything can interrupt."""
+        """Return the answer to one request; `answers` has it before anything can interrupt.
+
+        `bodies` holds its body. As long as the transport has not been called, it may be taken out.
+        """
         if answers is None:
             answers = []
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
-        if body is not None:
+        if None not in bodies:
             headers["Content-Type"] = "application/json"
         if not repeatable:
             headers["Connection"] = "close"
         try:
             if not answers:
-                call = ((method,), (url,), (body,), (headers,), (timeout,))
+                call = ((method,), (url,), bodies, (headers,), (timeout,))
                 answers.extend(map(self._transport, *call))
             status, content, fields = answers[0]
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
@@ -4039,7 +4052,7 @@ class Client:
         attempt = 0
         while True:
             attempt += 1
-            answer = self._link.attempt(method, url, body, policy.timeout, repeatable)
+            answer = self._link.attempt(method, url, [body], policy.timeout, repeatable)
             verdict = _verdict(policy.verdicts, answer.status)
             if verdict == _DELIVERED:
                 return answer

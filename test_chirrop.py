@@ -4230,6 +4230,8 @@ class Place:
         self.reach = "never"
         if self._follows_a_look(frame, *last):
             self.reach = "signal"
+        elif self.steps[self.index].argrepr == "INTRINSIC_STOPITERATION_ERROR":
+            pass  # where a generator ends: it looks at the exception, and lets it go on
         elif self.name.startswith(self.ALLOCATING) and not self._is_exit():
             self.reach = "memory"
 
