@@ -387,6 +387,11 @@ def _is_from_handler(exc: BaseException) -> bool:
     return False
 
 
+def _is_our_own(exc: BaseException) -> bool:
+    """Tell whether an exception struck where it is caught, before what was to be called."""
+    return exc.__traceback__ is None or exc.__traceback__.tb_next is None
+
+
 def _without_key(exc: BaseException, key: str) -> BaseException:
     """Return `exc` without tracebacks, whose frames hold the key; its stand-in if it quotes it."""
     link: BaseException | None = exc
@@ -1060,12 +1065,14 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 #   close()              end; without the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
-# read, and what may be removed, follows from them; `is_over()`, whether all sending has ended. `lock` is the one lock of a client. Nothing that
-# it guards is half done when somebody else looks, an interrupted caller's own signal handler
-# included: each step is one call of C, or one assignment, and the step that counts comes last.
+# read, and what may be removed, follows from them; `is_over()` tells whether all sending has ended.
+# `lock` is the one lock of a client. Nothing that it guards is half done when somebody else looks,
+# an interrupted caller's own signal handler included: each step is one call of C, or one
+# assignment, and the step that counts comes last.
 
 if TYPE_CHECKING:
     _Batches = Callable[[], tuple["_Batch", ...]]
+    _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
@@ -1083,9 +1090,14 @@ def _exclusively(lock: Any, work: Callable[..., Any], *args: Any) -> Any:
             lock.release()
 
 
-def _is_our_own(exc: BaseException) -> bool:
-    """Tell whether an exception struck where it is caught, before what was to be called."""
-    return exc.__traceback__ is None or exc.__traceback__.tb_next is None
+def _guarded(work: _Method) -> _Method:
+    """Let a method run under its object's `lock`."""
+
+    def guarded(self: Any, *args: Any) -> Any:
+        return _exclusively(self.lock, work, self, *args)
+
+    guarded.__doc__ = work.__doc__
+    return guarded  # type: ignore[return-value]
 
 
 def _is_inside(*codes: Any) -> bool:
@@ -1368,6 +1380,11 @@ class _SpoolFile:
             batch.place = self, ids, number
             batch.items.extend([body for _, body in rows])
 
+    def is_grown(self) -> bool:
+        """Tell whether much has been written since the last checkpoint."""
+        conn = self.conn  # another thread may take it away
+        return conn is not None and conn.total_changes - self.changes >= _TEND_ROWS
+
     def work_off(self) -> None:
         """Remove settled rows, or make them dead letters; what fails is done the next time."""
         while self.undone:
@@ -1618,6 +1635,7 @@ class SqliteSpool:
         conn.execute(f"PRAGMA synchronous = {self.synchronous}")
         conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")  # fails if it is read-only
 
+    @_guarded
     def _usable(self) -> _SpoolFile | None:
         """Return the file that this client writes to, opened if need be; None if there is none."""
         if self.is_over():  # what comes now is not stored, and what is in the files, not sent
@@ -1651,9 +1669,10 @@ class SqliteSpool:
         except self._failures as exc:
             if _is_from_handler(exc):
                 raise
-            _exclusively(self.lock, self._trouble, file, exc)
+            self._trouble(file, exc)
             return ()
 
+    @_guarded
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
         """Say what is wrong with a file, and give up a damaged one."""
         if file is not None and self._is_damage(exc):
@@ -1674,6 +1693,7 @@ class SqliteSpool:
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
+    @_guarded
     def _give_up(self, file: _SpoolFile) -> None:
         try:
             file.close(removable=file.path != self.path)
@@ -1692,11 +1712,9 @@ class SqliteSpool:
 
     # Logs in, batches out.
 
+    @_guarded
     def put(self, data: bytes) -> None:
         """Commit one log before returning; where no file takes it, it waits in memory."""
-        _exclusively(self.lock, self._put, data)
-
-    def _put(self, data: bytes) -> None:
         file = None if self._inbox else self._usable()
         if self.max_bytes and file is not None and any(self._attempt(file, self._is_full, file)):
             raise ChirrOpQueueFullError(
@@ -1787,7 +1805,7 @@ class SqliteSpool:
     def _close(self) -> None:
         for file in self._files():
             self._attempt(file, self._shrink, file)
-            _exclusively(self.lock, self._give_up, file)
+            self._give_up(file)
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1797,7 +1815,7 @@ class SqliteSpool:
         return wait
 
     def _tend(self) -> float | None:
-        file = _exclusively(self.lock, self._usable)
+        file: _SpoolFile | None = self._usable()
         if file is not None and time.monotonic() >= self._retry_at:
             _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
         wait = self._look_around()
@@ -1808,9 +1826,8 @@ class SqliteSpool:
                 _exclusively(self.lock, self._attempt, held, held.work_off)
         for orphan in self._orphans:
             self._attempt(orphan, self._shrink, orphan)
-            _exclusively(self.lock, self._let_go, orphan)
-        ready = file is not None and file.conn is not None
-        if ready and file.conn.total_changes - file.changes >= _TEND_ROWS:
+            self._let_go(orphan)
+        if file is not None and file.is_grown():
             self._attempt(file, self._aside, file, "PRAGMA wal_checkpoint(PASSIVE)")
             _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
         return wait
@@ -1833,8 +1850,9 @@ class SqliteSpool:
 
     def _count(self, file: _SpoolFile) -> None:
         ((count,),) = self._aside(file, _SQL_COUNT, file.last)
-        _exclusively(self.lock, self._found, file, count)
+        self._found(file, count)
 
+    @_guarded
     def _found(self, file: _SpoolFile, count: int) -> None:
         self.found += count
         file.count = count
@@ -1851,11 +1869,13 @@ class SqliteSpool:
                     raise
                 continue  # it is no spool, or cannot be used now
             if file is not None:
-                _exclusively(self.lock, self._keep, file)
+                self._keep(file)
 
+    @_guarded
     def _keep(self, orphan: _SpoolFile) -> None:
         self._orphans += (orphan,)
 
+    @_guarded
     def _let_go(self, orphan: _SpoolFile) -> None:
         """Give up an orphan whose logs have all been settled."""
         batches = self.batches()
@@ -2027,11 +2047,7 @@ class _Answer:
             return failure
         content = self.body[:MAX_ERROR_BYTES]
         text = content.decode("utf-8", "replace").strip("\ufeff \t\r\n")
-        parsed: Any = None
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            pass
+        parsed = _json_value(text)
         texts, code = _spoken(parsed)
         kept = parsed if len(content) <= MAX_KEPT_BYTES else None
         return _error_class(self.status)(
@@ -2064,6 +2080,16 @@ class _Answer:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
         return f"{phrase} (from {fields['server']})" if "server" in fields else phrase
+
+
+def _json_value(text: str) -> Any:
+    """Return the value of a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        if _is_our_own(exc) or _is_from_handler(exc):
+            raise
+        return None
 
 
 def _spoken(parsed: Any) -> tuple[list[str], str | None]:
@@ -2222,43 +2248,37 @@ class _Outbox:
         self.buffer.after_fork()
         self._start()
 
-    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
-        return _exclusively(self.buffer.lock, work, *args)
+    @property
+    def lock(self) -> Any:
+        return self.buffer.lock
 
     # Logs in. Without a bound, put() is the buffer's own.
 
+    @_guarded
     def offer(self, data: bytes) -> bool:
         """Accept one log, unless the queue is bounded and full."""
-        return bool(self._locked(self._offer, data))
-
-    def _offer(self, data: bytes) -> bool:
-        if self._is_full():
+        if self.is_full():
             return False
         self.buffer.put(data)
         return True
 
+    @_guarded
     def is_full(self) -> bool:
-        return bool(self._locked(self._is_full))
+        return 0 < self._config.queue_size <= self.held()
 
-    def _is_full(self) -> bool:
-        return 0 < self._config.queue_size <= self._held()
-
+    @_guarded
     def held(self) -> int:
         """Return the number of logs that may still be delivered by this client."""
-        return int(self._locked(self._held))
-
-    def _held(self) -> int:
         return int(self.buffer.size()) + sum(len(batch.items) for batch in self.state.batches)
 
+    @_guarded
     def count_delivered(self, count: int) -> None:
         """Account for logs that send_logs has delivered."""
-        self._locked(lambda: self._set(delivered=self.state.delivered + count))
+        self._set(delivered=self.state.delivered + count)
 
+    @_guarded
     def refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued."""
-        self._locked(self._refuse, reason, items, error)
-
-    def _refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
         self.state = _dropped(self.state, reason, 1, self._for_on_drop(items), error)
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
@@ -2272,12 +2292,9 @@ class _Outbox:
 
     # Batches out.
 
+    @_guarded
     def due_in(self, now: float) -> float | None:
         """Return seconds until take() will have a batch; None: not before something happens."""
-        due: float | None = self._locked(self._due_in, now)
-        return due
-
-    def _due_in(self, now: float) -> float | None:
         state = self.state
         flying = sum(1 for batch in state.batches if batch.holder)
         if state.stopped or flying >= state.width:
@@ -2293,16 +2310,13 @@ class _Outbox:
         """Return when the logs that wait in the buffer are to be sent."""
         if self._since is None:
             self._since = now
-        full = size >= self._config.batch_size or self._is_full()
+        full = size >= self._config.batch_size or self.is_full()
         wanted = self.closed or any(flush.mark > self._left() for flush in self.flushes)
         return now if full or wanted else self._since + self._config.flush_delay
 
+    @_guarded
     def wake_level(self, now: float) -> float:
         """Return the level of the buffer from which on put() should wake a sender that waits."""
-        level: float = self._locked(self._wake_level, now)
-        return level
-
-    def _wake_level(self, now: float) -> float:
         size, state = self.buffer.size(), self.state
         flying = sum(1 for batch in state.batches if batch.holder)
         more = self._config.batch_size - size if size else 1
@@ -2314,17 +2328,14 @@ class _Outbox:
         """Return how many logs have left the buffer."""
         return self.state.settled + sum(len(batch.items) for batch in self.state.batches)
 
+    @_guarded
     def take(self, now: float, holder: int) -> _Batch | None:
         """Return a batch whose time has come, held by the thread `holder` from now on; never waits.
 
         Whoever asks for a batch holds none: what it did hold, an exception has made it give up.
         """
-        batch: _Batch | None = self._locked(self._take, now, holder)
-        return batch
-
-    def _take(self, now: float, holder: int) -> _Batch | None:
-        self._release(holder)
-        if self._due_in(now) != 0.0:
+        self.release(holder)
+        if self.due_in(now) != 0.0:
             return None
         waiting = (b for b in self.state.batches if not b.holder and b.not_before <= now)
         batch = next((b for b in waiting if b.items), None) or self._fill(now)
@@ -2350,22 +2361,18 @@ class _Outbox:
             return None
         return batch
 
+    @_guarded
     def release(self, holder: int) -> None:
         """Let the batch of a thread that sends no more wait for another attempt."""
-        self._locked(self._release, holder)
-
-    def _release(self, holder: int) -> None:
         for batch in self.state.batches:
             if batch.holder == holder:
                 batch.holder = 0
 
     # Answers in.
 
+    @_guarded
     def settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> None:
         """Account for the answer to a batch; the error is None if it was delivered."""
-        self._locked(self._settle, batch, verdict, error, now)
-
-    def _settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> None:
         if not any(batch is other for other in self.state.batches):
             return  # close() has given it up meanwhile
         if verdict == _REFUSED and self._config.on_exhausted == "keep" and self.buffer.stays(batch):
@@ -2455,12 +2462,9 @@ class _Outbox:
 
     # Flush and close.
 
+    @_guarded
     def begin_flush(self, now: float) -> _Flush:
         """Return a flush of what is held now; a backoff in progress ends."""
-        flush: _Flush = self._locked(self._begin_flush, now)
-        return flush
-
-    def _begin_flush(self, now: float) -> _Flush:
         self._allow_for_found()
         state = self.state
         flush = _Flush(self._left() + self.buffer.size(), state.retries)
@@ -2482,12 +2486,9 @@ class _Outbox:
         if flush in self.flushes:
             self.flushes.remove(flush)
 
+    @_guarded
     def outcome(self, flush: _Flush) -> bool | None:
         """Return what a flush has come to: True if all was delivered; None while it goes on."""
-        result: bool | None = self._locked(self._outcome, flush)
-        return result
-
-    def _outcome(self, flush: _Flush) -> bool | None:
         state = self.state
         if state.stopped:
             return False
@@ -2503,18 +2504,19 @@ class _Outbox:
 
         A request still in flight no longer counts, whatever becomes of it.
         """
-        self._locked(self._stop, clean)
+        self._stop(clean)
         self.buffer.close()
-        self._locked(self._sweep, "not sent before close")
+        self._sweep("not sent before close")
 
+    @_guarded
     def _stop(self, clean: bool) -> None:
         for batch in self.state.batches:
             batch.bodies.clear()
             if _is_delivered(batch.answers):  # its sender has not come to account for it
-                self._settle(batch, _DELIVERED, None, 0.0)
+                self.settle(batch, _DELIVERED, None, 0.0)
         state = self.state
         if not state.stopped:
-            held, left = self._held(), self.buffer.leave()
+            held, left = self.held(), self.buffer.leave()
             self._set(
                 batches=tuple(batch for batch in state.batches if not self.buffer.stays(batch)),
                 stopped=True,
@@ -2524,9 +2526,10 @@ class _Outbox:
 
     def sweep(self) -> None:
         """Drop what was logged after close, unless this interrupts somebody who does it."""
-        if not self.buffer.lock._is_owned():
-            self._locked(self._sweep, "logged after close")
+        if not self.lock._is_owned():
+            self._sweep("logged after close")
 
+    @_guarded
     def _sweep(self, why: str) -> None:
         last = _Batch(self._left())
         self._set(batches=(*self.state.batches, last))
@@ -2541,14 +2544,11 @@ class _Outbox:
 
     # The account.
 
+    @_guarded
     def stats(self) -> Stats:
-        stats: Stats = self._locked(self._stats)
-        return stats
-
-    def _stats(self) -> Stats:
         state = self.state
         flying = sum(len(batch.items) for batch in state.batches if batch.holder)
-        queued = state.left + self._held() - flying  # what stays in the spool is no longer held
+        queued = state.left + self.held() - flying  # what stays in the spool is no longer held
         return Stats(
             accepted=state.delivered + sum(state.dropped.values()) + queued + flying,
             delivered=state.delivered,
@@ -2559,18 +2559,14 @@ class _Outbox:
             last_error=state.last_error,
         )
 
+    @_guarded
     def told(self, drop: _Drop) -> None:
         """on_drop has heard of a drop."""
-        self._locked(self._told, drop)
-
-    def _told(self, drop: _Drop) -> None:
         self._set(untold=tuple(other for other in self.state.untold if other is not drop))
 
+    @_guarded
     def said(self, reason: str, count: int) -> None:
         """A log record has told of so many drops."""
-        self._locked(self._said, reason, count)
-
-    def _said(self, reason: str, count: int) -> None:
         unsaid = dict(self.state.unsaid)
         total, text = unsaid.pop(reason, (0, ""))
         if total > count:
@@ -2664,8 +2660,9 @@ class _Crew:
             return True
         except BaseException as exc:
             self._starting.clear()  # those that run have left it, or will
-            if exc.__context__ not in (None, handled):
-                raise exc.__context__ from None  # threading stumbles over what interrupts it
+            hidden = exc.__context__
+            if hidden is not None and hidden is not handled:
+                raise hidden from None  # threading stumbles over what interrupts it
             if not isinstance(exc, RuntimeError) or isinstance(exc, RecursionError):
                 raise
             return False

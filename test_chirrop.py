@@ -2246,13 +2246,13 @@ class SpoolTest(ProcessTestCase):
         path, entry = self.spool(), Log("from a finaliser", 1)
         client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
         client.log(Log("x", 1))
-        for name, work in (("_put", lambda: client.log(Log("y", 1))), ("_rows", client.stats)):
+        for name, work in (("put", lambda: client.log(Log("y", 1))), ("_rows", client.stats)):
             with self.subTest(name):
                 self.collect_inside(client, client._outbox.buffer, name, entry)
                 before = self.rows(path)
                 work()
                 self.assertFalse(client._outbox.buffer._inbox)
-                self.assertEqual(self.rows(path), before + (2 if name == "_put" else 1))
+                self.assertEqual(self.rows(path), before + (2 if name == "put" else 1))
         self.assertTrue(client.flush(LONG))
         self.assertEqual(self.assertBalanced(client).delivered, 4)
 
@@ -2267,15 +2267,15 @@ class SpoolTest(ProcessTestCase):
             def __del__(self):
                 client.log(entry)
 
-        def run(*args, **kwargs):
+        def work(*args):
             if armed.pop() if armed else False:
                 Garbage()
                 gc.collect()
-            return method(*args, **kwargs)
+            return method(*args)
 
         gc.disable()
         self.addCleanup(gc.enable)
-        setattr(target, name, run)
+        setattr(target, name, lambda *args: chirrop._exclusively(target.lock, work, *args))
 
 
 class SpoolMisuseTest(ProcessTestCase):
@@ -3119,7 +3119,7 @@ pids = []
 def child():
     log(s)
     assert os.path.exists(sys.argv[2] + ".2") and s.stats().accepted == 1
-s._outbox._locked(lambda: pids.append(fork(child)))
+chirrop._exclusively(s._outbox.lock, lambda: pids.append(fork(child)))
 reap(*pids)
 assert s.close(25)
 """,
@@ -3371,16 +3371,16 @@ class SignalTest(ProcessTestCase):
     """What interrupts a thread inside the SDK's own locks; each case is made to happen, none is waited for."""
 
     def inside(self, target, name, action):
-        """Run action() at the start of the next call of target.name, which is inside a lock."""
+        """Run action() at the start of the next call of target.name, inside its lock."""
         method, armed = getattr(target, name), [True]
 
-        def run(*args, **kwargs):
+        def work(*args):
             if threading.current_thread() is threading.main_thread() and armed:
                 armed.clear()
                 action()
-            return method(*args, **kwargs)
+            return method(*args)
 
-        setattr(target, name, run)
+        setattr(target, name, lambda *args: chirrop._exclusively(target.lock, work, *args))
 
         def check():
             never_called = list(armed)
@@ -3431,7 +3431,7 @@ class SignalTest(ProcessTestCase):
             ):
                 with self.subTest(way.__name__, **{k: str(v) for k, v in fields.items()}):
                     client, interrupt = self.case(way, **fields)
-                    self.inside(client._outbox, "_begin_flush", interrupt)
+                    self.inside(client._outbox, "begin_flush", interrupt)
                     self.assertTrue(client.flush(LONG))
                     self.assertEqual(self.assertBalanced(client).accepted, 3)
                     self.assertTrue(client.close(LONG))
@@ -3442,7 +3442,7 @@ class SignalTest(ProcessTestCase):
             with self.subTest(way.__name__):
                 path = self.spool()
                 client, interrupt = self.case(way, spool=path)
-                self.inside(client._outbox.buffer, "_put", interrupt)
+                self.inside(client._outbox.buffer, "put", interrupt)
                 client.log(Log("interrupted", 1))
                 self.assertEqual(self.rows(path), 4)
                 self.assertTrue(client.flush(LONG))
@@ -3473,7 +3473,7 @@ class SignalTest(ProcessTestCase):
 
                     client.log(Log("x", 1))
                     client.log(Log("x", 2))
-                    self.inside(client._outbox, "_begin_flush", way(self, log))
+                    self.inside(client._outbox, "begin_flush", way(self, log))
                     self.assertTrue(client.flush(LONG))
                     self.assertEqual(len(raised), 1)
                     self.assertEqual(self.assertBalanced(client).accepted, 2)
@@ -3482,7 +3482,7 @@ class SignalTest(ProcessTestCase):
         for way in self.WAYS:
             for method, call in (
                 ("_sweep", lambda c: c.close(LONG)),
-                ("_held", lambda c: c.log(Log("x", 1))),
+                ("held", lambda c: c.log(Log("x", 1))),
             ):
                 with self.subTest(way.__name__, method=method):
                     client, interrupt = self.case(way, queue_size=100)
@@ -3503,7 +3503,7 @@ class SignalTest(ProcessTestCase):
                 self.assertTrue(client.flush(LONG))
                 call = getattr(client, name)
                 self.inside(
-                    client._outbox.buffer, "_put", self.by_signal(lambda: answers.append(call()))
+                    client._outbox.buffer, "put", self.by_signal(lambda: answers.append(call()))
                 )
                 client.log(Log("x", 1))
                 self.assertEqual(answers, [False])
@@ -4474,6 +4474,7 @@ class Trial:
         self.others, self.wire = set(threading.enumerate()), Wire(server)
         self.returned, self.unsure, self.drops = [], [], []
         self.closed = False
+        self.logged_by_on_drop = 0  # of which it is not told itself
         self.waits = operation in ("flush", "close", "exit", "stats")  # for more logs
         self.client = module.new_client(
             api_key=KEY, transport=self.wire, spool=spool, timeout=PATIENCE,
@@ -4592,7 +4593,7 @@ class Trial:
         lost = set(self.returned) - {*taken, *drops, *spooled}
         if len(lost) > max(0, dropped - len(drops)):
             yield f"lost {len(lost)} logs: {stats}"
-        if dropped != len(drops):
+        if dropped - len(drops) not in (0, self.logged_by_on_drop):
             yield f"dropped {dropped} logs and reported {len(drops)}"
         # What becomes of an interrupted send_logs() is unknown, and not in the account.
         direct = self.operation.startswith("send_logs")
@@ -4712,6 +4713,7 @@ class Trials:
                 handle(signal.SIGUSR1, sys._getframe())
             if raising:
                 raise thrown
+            trial.logged_by_on_drop = int(step.place.stack.startswith("_call "))
             try:
                 happening(trial)
             except Exception as exc:
@@ -11129,14 +11131,14 @@ class HostileTest(TestCase):
 
     def test_a_failure_while_settling_leaves_nothing_in_flight(self):
         client = self.client(transport=FakeTransport())
-        original, failures = client._outbox._settle, [MemoryError()]
+        original, failures = client._outbox.settle, [MemoryError()]
 
         def settle(*args):
             if failures:
                 raise failures.pop()
             return original(*args)
 
-        client._outbox._settle = settle
+        client._outbox.settle = settle
         client.log(Log("a", 1))
         self.assertTrue(client.flush(LONG))
         self.assertEqual(client.stats().delivered, 1)
