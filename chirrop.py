@@ -880,6 +880,13 @@ def _choice(name: str, value: object, allowed: Iterable[str]) -> Any:
     return value
 
 
+def _unless_none(check: Callable[..., Any], name: str, value: Any, *rules: Any) -> Any:
+    """Return None for None, and what the check returns for anything else."""
+    if value is None:
+        return None
+    return check(name, value, *rules)
+
+
 def _optional(name: str, value: Any, wanted: str, fits: bool) -> Any:
     if value is not None and not fits:
         raise ChirrOpValidationError(f"{name} must be {wanted} or None, got {_show(value)}")
@@ -1335,7 +1342,9 @@ class _SpoolFile:
         self.path, self.lock, self.conn = path, lock, conn
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         # Rows that waited then; None: not counted yet, which takes its time where there are many.
-        self.count: int | None = None if self.last else 0
+        self.count: int | None = None
+        if not self.last:
+            self.count = 0
         self.settled = (0, 0)  # the last row that was settled, and how many were read up to it
         self.moving: tuple[bytes | None, int] = (None, 0)  # a log from memory, and its row to be
         self.undone: deque[tuple[str, tuple[Any, ...]]] = deque()  # statements for settled rows
@@ -1348,10 +1357,12 @@ class _SpoolFile:
         return max([self.settled, *((ids[-1], number) for _, ids, number in places)])
 
     def size(self, batches: Sequence[_Batch]) -> int:
+        if self.count is None:
+            return 0
         row, number = self.read(batches)
         last = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, row)
-        self.known = max(0, (self.count or 0) + last - self.last - number)
-        return 0 if self.count is None else self.known
+        self.known = max(0, self.count + last - self.last - number)
+        return self.known
 
     def add(self, data: bytes) -> None:
         self.conn.execute(_SQL_INSERT, (max(self.last, self.settled[0]), data))
@@ -1400,8 +1411,8 @@ class _SpoolFile:
             # Its lock has the same name still: nobody has removed it and made another.
             lock = os.lstat(self.lock.name)
             empty = empty and os.path.samestat(os.fstat(self.lock.fileno()), lock)
-            for suffix in ("", "-wal", "-shm") if empty else ():
-                if os.path.lexists(self.path + suffix):
+            for suffix in ("", "-wal", "-shm"):
+                if empty and os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
         finally:
             self.conn = None
@@ -1547,12 +1558,12 @@ class SqliteSpool:
     def _paths(self) -> list[str]:
         """Return the spool's files that exist, the first one first."""
         folder, base = os.path.split(self.path)
-        found = []
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            number = "1" if name == base else name[len(base) + 1 :]
-            if name.startswith(base) and name in (base, f"{base}.{number}") and number.isdecimal():
-                found.append((int(number), os.path.join(folder, name)))
-        return [path for _, path in sorted(found)]
+        if not os.path.isdir(folder):
+            return []
+        ends = [name[len(base) + 1 :] for name in os.listdir(folder) if name.startswith(f"{base}.")]
+        numbers = sorted((end for end in ends if end.isdecimal()), key=int)
+        paths = [self.path, *(f"{self.path}.{number}" for number in numbers)]
+        return [path for path in paths if os.path.lexists(path)]
 
     def _connect(self, path: str, mode: str) -> Any:
         from urllib.parse import quote
@@ -1569,12 +1580,12 @@ class SqliteSpool:
 
     def _claim(self) -> _SpoolFile:
         """Return the first file that nobody holds and in which nothing waits, made if need be."""
-        for number in range(1, _SPOOL_NAMES + 1):
-            path = self.path if number == 1 else f"{self.path}.{number}"
+        others = (f"{self.path}.{number}" for number in range(2, _SPOOL_NAMES + 1))
+        for path in (self.path, *others):
             try:
                 file = self._open(path, create=True)
             except _NoSpool:
-                if number == 1:
+                if path == self.path:
                     raise
                 continue
             if file is not None:
@@ -1664,8 +1675,10 @@ class SqliteSpool:
 
     def _attempt(self, file: _SpoolFile, work: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
         """Return (work(*args),); () when the disk or SQLite fails, which is then dealt with."""
+        if file.conn is None:
+            return ()
         try:
-            return (work(*args),) if file.conn is not None else ()
+            return (work(*args),)
         except self._failures as exc:
             if _is_from_handler(exc):
                 raise
@@ -1699,7 +1712,8 @@ class SqliteSpool:
             file.close(removable=file.path != self.path)
         except (OSError, AttributeError, self._sqlite3.Error):
             pass  # it is damaged, or was closed before
-        self._own = None if file is self._own else self._own
+        if file is self._own:
+            self._own = None
         self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
 
     def _set_aside(self, path: str) -> None:
@@ -1748,7 +1762,9 @@ class SqliteSpool:
 
     def size(self) -> int:
         """Return how many logs wait in the files held and in memory."""
-        return len(self._inbox) + (0 if self.is_over() else self._rows())
+        if self.is_over():
+            return len(self._inbox)
+        return len(self._inbox) + self._rows()
 
     def _rows(self) -> int:
         batches = self.batches()
@@ -1771,8 +1787,10 @@ class SqliteSpool:
         if file is None or file.conn is None:
             return
         span = (ids[0], ids[-1])
-        statement = (_SQL_DELIVERED, span) if error is None else (_SQL_DROPPED, (error, *span))
-        file.undone.append(statement)
+        if error is None:
+            file.undone.append((_SQL_DELIVERED, span))
+        else:
+            file.undone.append((_SQL_DROPPED, (error, *span)))
         file.settled = max(file.settled, (ids[-1], number))
         self._settled_at = time.monotonic()
         self._attempt(file, file.work_off)
@@ -1860,10 +1878,12 @@ class SqliteSpool:
     def _take_over(self) -> None:
         held = {file.path for file in self._files()}
         for path in self._paths():
+            if path in held:
+                continue
             if len(self._orphans) >= _ORPHANS:
                 return
             try:
-                file = self._open(path, create=False) if path not in held else None
+                file = self._open(path, create=False)
             except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
                     raise
@@ -2031,7 +2051,7 @@ class _Answer:
         self.headers: Mapping[str, str] = headers or {}
 
     def retry_after(self) -> float | None:
-        return _retry_after(self.headers, time.time()) if self.headers else None
+        return _retry_after(self.headers, time.time())
 
     def never_sent(self) -> bool:
         """Tell whether the request certainly did not reach the server: no connection was made."""
@@ -2049,19 +2069,22 @@ class _Answer:
         text = content.decode("utf-8", "replace").strip("\ufeff \t\r\n")
         parsed = _json_value(text)
         texts, code = _spoken(parsed)
-        kept = parsed if len(content) <= MAX_KEPT_BYTES else None
+        kept: Any = text[:MAX_KEPT_BYTES] or None
+        if parsed is not None and len(content) <= MAX_KEPT_BYTES:
+            kept = parsed
         return _error_class(self.status)(
             f"HTTP {self.status}: {_one_line(self._telling(texts or [text[:200]]))}",
             status_code=self.status,
-            code=code,
-            body=kept if kept is not None else text[:MAX_KEPT_BYTES] or None,
+            code=code and _one_line(code),
+            body=kept,
             retry_after=self.retry_after(),
         )
 
     def _no_answer(self) -> str:
         detail = _one_line(str(self.cause) or type(self.cause).__name__)
-        refused = "Tunnel connection failed: 407" in detail
-        return f"{detail}; {_proxy_advice('https')}" if refused else detail
+        if "Tunnel connection failed: 407" in detail:
+            detail += f"; {_proxy_advice('https')}"
+        return detail
 
     def _telling(self, texts: list[str]) -> str:
         """Return the first text that says more than the status does; markup is not for people."""
@@ -2070,7 +2093,7 @@ class _Answer:
         fields = {name.lower(): value for name, value in self.headers.items()}
         if 300 <= self.status < 400:
             place = fields.get("location", "").partition("?")[0]
-            there = f", this one leads to {place}" if place else ""
+            there = place and f", this one leads to {place}"
             return f"redirects are not followed{there}; check the endpoint"
         if self.status == 407:
             return _proxy_advice("http")
@@ -2079,7 +2102,9 @@ class _Answer:
         for text in texts:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
-        return f"{phrase} (from {fields['server']})" if "server" in fields else phrase
+        if "server" in fields:
+            phrase += f" (from {fields['server']})"
+        return phrase
 
 
 def _json_value(text: str) -> Any:
@@ -2094,20 +2119,31 @@ def _json_value(text: str) -> Any:
 
 def _spoken(parsed: Any) -> tuple[list[str], str | None]:
     """Return the texts of an error's JSON, the more telling first, and the service's code."""
-    outer = parsed if isinstance(parsed, dict) else {}
+    outer = _object(parsed)
     error = outer.get("error")
-    inner = error if isinstance(error, dict) else {}
+    inner = _object(error)
     code = inner.get("code") or outer.get("code")
+    if not isinstance(code, str):
+        code = None
     texts = [inner.get("message"), outer.get("message"), error, code]
-    return (
-        [text.strip() for text in texts if isinstance(text, str) and text.strip()],
-        _one_line(code) if isinstance(code, str) else None,
-    )
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()], code
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return what JSON has as an object; {} for anything else."""
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _one_line(text: str) -> str:
     """Return text fit for logs, terminals and the spool: short, without control characters."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:500])
+    return _printable(text[:500])
+
+
+def _printable(text: str) -> str:
+    """Return text without the control characters with which a server could steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _proxy_advice(scheme: str) -> str:
@@ -2209,10 +2245,12 @@ def _dropped(
 ) -> _State:
     """Return the state after a drop: counted, and to be reported; items: what on_drop is to get."""
     said, text = state.unsaid.get(reason, (0, str(error)))
-    told = () if items is None else (_Drop(items, error),)
+    untold = state.untold
+    if items is not None:
+        untold = (*untold, _Drop(items, error))
     return state._replace(
         dropped={**state.dropped, reason: state.dropped.get(reason, 0) + count},
-        untold=(state.untold + told)[:MAX_UNTOLD],
+        untold=untold[:MAX_UNTOLD],
         unsaid={**state.unsaid, reason: (said + count, text)},
         last_error=error,
     )
@@ -2304,7 +2342,9 @@ class _Outbox:
         size = self.buffer.size()
         if size and len(waiting) < MAX_WAITING:
             moments.append(self._departure(size, now))
-        return max(0.0, max(min(moments), state.resume_at) - now) if moments else None
+        if not moments:
+            return None
+        return max(0.0, max(min(moments), state.resume_at) - now)
 
     def _departure(self, size: int, now: float) -> float:
         """Return when the logs that wait in the buffer are to be sent."""
@@ -2312,7 +2352,9 @@ class _Outbox:
             self._since = now
         full = size >= self._config.batch_size or self.is_full()
         wanted = self.closed or any(flush.mark > self._left() for flush in self.flushes)
-        return now if full or wanted else self._since + self._config.flush_delay
+        if full or wanted:
+            return now
+        return self._since + self._config.flush_delay
 
     @_guarded
     def wake_level(self, now: float) -> float:
@@ -2396,7 +2438,9 @@ class _Outbox:
 
     def _delivered(self, state: _State, batch: _Batch) -> _State:
         backlog = self.buffer.size() >= MAX_BATCH
-        width = min(state.width + 1, self._config.max_senders) if backlog else state.width
+        width = state.width
+        if backlog:
+            width = min(width + 1, self._config.max_senders)
         count = len(batch.items)
         return state._replace(
             settled=state.settled + count,
@@ -2497,7 +2541,9 @@ class _Outbox:
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
-        return False if failed else None
+        if failed:
+            return False
+        return None
 
     def stop(self, clean: bool) -> None:
         """End all sending: what is still held stays in the spool, or is dropped.
@@ -2730,10 +2776,13 @@ class _Reporter:
             if self._failing:
                 self._failing = False
                 self._notes.append((_INFO, "logs are accepted again"))
-        elif verdict in (_RETRY, _HOLD, _REFUSED):
-            held = self._outbox.held()
-            what = f"held, retrying; {held:,} wait" if held else "refused"
-            self._failing |= self.note("state", _WARNING, f"logs are {what}: {error}")
+        elif verdict in (_SPLIT, _HALVE):
+            pass  # it goes on, or is dropped, which is told as such
+        elif held := self._outbox.held():
+            text = f"logs are held, retrying; {held:,} wait: {error}"
+            self._failing |= self.note("state", _WARNING, text)
+        elif verdict == _REFUSED:
+            self._failing |= self.note("state", _WARNING, f"logs are refused: {error}")
 
     def due(self) -> bool:
         """Tell whether there is something to tell."""
@@ -3856,7 +3905,7 @@ class Client:
         Returns:
             True only if all of those logs were delivered. What was not stays queued.
         """
-        limit = None if timeout is None else _seconds("timeout", timeout)
+        limit = _unless_none(_seconds, "timeout", timeout)
         if self.config.disabled:
             return True
         sender = self._here()
@@ -3874,7 +3923,7 @@ class Client:
         Returns:
             True only if everything was delivered.
         """
-        limit = None if timeout is None else _seconds("timeout", timeout)
+        limit = _unless_none(_seconds, "timeout", timeout)
         if limit is None and self.config.spool is not None:  # what is left stays on disk
             limit = self.config.exit_timeout
         sender = self._here()
@@ -4210,8 +4259,8 @@ class Client:
         Args:
             status: "triggered", "acknowledged", "resolved" or "archived".
         """
-        query = {} if status is None else {"status": _choice("status", status, _ALERT_STATUSES)}
-        return self.request("GET", "/alerts", query)
+        chosen = _unless_none(_choice, "status", status, _ALERT_STATUSES)
+        return self.request("GET", "/alerts", {"status": chosen})
 
     def get_alert(self, alert_id: str) -> Alert:
         """Return one alert: GET /v1.0/alerts/{alert_id}."""
@@ -4235,8 +4284,8 @@ class Client:
             offset: deliveries to skip, from 0.
             kind: "alert", "test" or "all"; None is real alerts.
         """
-        query = {} if kind is None else {"kind": _choice("kind", kind, _DELIVERY_KINDS)}
-        query.update(_page(limit, offset))
+        chosen = _unless_none(_choice, "kind", kind, _DELIVERY_KINDS)
+        query = {"kind": chosen, **_page(limit, offset)}
         return self.request("GET", _path("alerts", alert_id, "deliveries"), query)
 
     def iter_alert_deliveries(
@@ -4294,13 +4343,11 @@ class Client:
         return self.request("POST", _path("destinations", destination_id, "test"))
 
 
-def _page(limit: int | None, offset: int | None) -> dict[str, int]:
-    page = {}
-    if limit is not None:
-        page["limit"] = _integer("limit", limit, 1)
-    if offset is not None:
-        page["offset"] = _integer("offset", offset, 0)
-    return page
+def _page(limit: int | None, offset: int | None) -> dict[str, int | None]:
+    return {
+        "limit": _unless_none(_integer, "limit", limit, 1),
+        "offset": _unless_none(_integer, "offset", offset, 0),
+    }
 
 
 def _pages(fetch: Callable[[int], list[Any]]) -> Iterator[Any]:
@@ -5359,10 +5406,10 @@ def _columns() -> int:
 
 
 def _plain(value: object) -> str:
-    """Return text without the control characters with which a server could steer a terminal."""
+    """Return a value as printable text; "" for None."""
     if value is None:
         return ""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+    return _printable(str(value))
 
 
 def _width(text: str) -> int:
