@@ -165,6 +165,12 @@ class TestCase(unittest.TestCase):
         self.addCleanup(setattr, threading, "excepthook", hook)
         self.addCleanup(self.assertNoThreads)
 
+    def patch(self, *args):
+        """Do mock.patch.object(*args) until the test ends."""
+        patcher = mock.patch.object(*args)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
     def assertNoThreads(self):
         for thread in threading.enumerate():
             if thread.name.startswith("chirrop-"):
@@ -1710,11 +1716,6 @@ class SimulationTest(TestCase):
         warnings.simplefilter("ignore", ResourceWarning)  # of files in the hands of a struck call
         self.addCleanup(gc.collect)
 
-    def patch(self, *args):
-        patcher = mock.patch.object(*args)
-        patcher.start()
-        self.addCleanup(patcher.stop)
-
     @staticmethod
     def wait(bell, timeout):
         Simulation.running.now += min(timeout, 1000.0)
@@ -1722,7 +1723,7 @@ class SimulationTest(TestCase):
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
-        for seed in [int(one)] if one else range(rounds(200, 5000)):
+        for seed in [int(one)] if one else range(rounds(100, 5000)):
             where = path and f"{path}/{seed}"
             try:
                 Simulation(seed, where).run()
@@ -4143,6 +4144,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
         self.assertBalanced(client)
 
     def test_a_bug_between_take_and_settle_does_not_stop_the_sender(self):
+        self.patch(time, "sleep", lambda seconds: None)  # of a sender, after what looks like a bug
         client = self.client(transport=FakeTransport(), flush_delay=0)
         attempt, client._link.attempt = client._link.attempt, mock.Mock(side_effect=MemoryError)
         client.log(Log("x", 1))
@@ -4828,6 +4830,8 @@ class InterruptTest(InterruptedCase):
         failed = 0
         with Trials.world():
             for index, (spool, server, threads, happenings) in enumerate(conditions):
+                if index % rounds(3, 1):
+                    continue
                 trials = Trials(operation, spool, server, threads)
                 faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
                 happenings = happenings[index % 5 :] + happenings[: index % 5]
@@ -4931,7 +4935,7 @@ class TimeLimitTest(InterruptedCase):
         self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
         faulthandler.dump_traceback_later(10 * LONG, exit=True)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
-        for client in range(100 if FULL else 3):
+        for client in range(rounds(3, 100)):
             self.limited(100, self.folder() / f"{client}.db" if spool else None)
 
     def test_a_time_limit_of_any_kind_of_handler_comes_through(self):
@@ -4996,7 +5000,7 @@ class ReentryTest(InterruptedCase):
         with Trials.world(deep=True):
             for threads in (True, False):
                 reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
-                places = [nth for nth, reach in reaches if reach == "signal"][::3]
+                places = [nth for nth, reach in reaches if reach == "signal"][:: rounds(12, 3)]
                 for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
                     trials.run([handler], None if COMPLETE else places, ("signal", "memory"))
@@ -5009,7 +5013,8 @@ class ReentryTest(InterruptedCase):
         with Trials.world(deep=True):
             for threads in (True, False):
                 trials = Trials("log", None, "up", threads)
-                trials.run(BY_HANDLERS, None, ("signal",))
+                places = range(1, len(trials.survey()) + 1, rounds(4, 1))
+                trials.run(BY_HANDLERS, places, ("signal",))
                 with self.subTest(str(trials)):
                     for place, happening, what in trials.wrong:
                         self.fail(f"{what}: {happening} {place}")
@@ -5071,6 +5076,7 @@ class DeadlineTest(ProcessTestCase):
         return time.monotonic() - started
 
     def test_log_flush_and_close_are_bounded_while_another_program_locks_the_spool(self):
+        self.patch(chirrop, "_SPOOL_WAIT", rounds(0.05, chirrop._SPOOL_WAIT))
         for opened in (True, False):  # before the lock was taken, or while it is
             with self.subTest(opened=opened):
                 path, wire = self.spool(), Wire()
@@ -5179,7 +5185,7 @@ class StormTest(TestCase):
             import tracemalloc
         except ImportError:
             self.skipTest("this Python cannot tell what its memory is used for")
-        answers = 36000 if FULL else 600
+        answers = rounds(200, 36000)
         page, seen = json.dumps({"error": "x" * 65000}).encode(), threading.Semaphore(0)
 
         def gateway(method, url, body, headers, timeout):
@@ -5209,12 +5215,11 @@ class RecursionTest(TestCase):
 
         folder = str(self.folder())
         with Trials.world():
-            for operation, spool in itertools.product(
-                ("first log", "log", "flush"), (None, folder)
-            ):
+            cases = itertools.product(("first log", "log", "flush"), (None, folder))
+            for index, (operation, spool) in enumerate(cases):
                 trials = Trials(operation, spool)
                 failed = 0
-                for left in range(2, 40):
+                for left in rounds(range(2 + index % 3, 40, 3), range(2, 40)):
                     here = len(traceback.extract_stack())
                     trial = trials.trial()
                     work = functools.partial(trial.operate, contextlib.nullcontext())
@@ -7139,13 +7144,16 @@ class ClientTest(TestCase):
         ]  # fmt: skip
         for fields, text in wrong:
             self.assertIs(client.try_log(**fields), False)
+            self.reported(client)
             logs, error = dropped.pop()
             self.assertEqual(logs, [fields])
             self.assertIn(text, error)
         for hostile in (Hostile(), HostileDict(a=1), cycle(), nested(100_000), object(), {1, 2}):
             self.assertIs(client.try_log("a", 1, meta=hostile), False)
+            self.reported(client)
             self.assertEqual(dropped.pop()[0][0]["event"], "a")
         self.assertIs(client.try_log("a", float("nan"), meta="\udcff"), False)
+        self.reported(client)
         self.assertEqual(dropped.pop()[0][0]["meta"], "\udcff")
         self.assertEqual(client.stats().dropped, {"invalid": 11})
         self.assertEqual((client.stats().accepted, client.flush()), (11, True))
@@ -7162,6 +7170,7 @@ class ClientTest(TestCase):
         )  # fmt: skip
         self.assertIs(client.try_log("a", 1), True)
         self.assertIs(client.try_log("a", 2), False)
+        self.reported(client)
         self.assertEqual(dropped, [([{"event": "a", "value": 2}], chirrop.ChirrOpQueueFullError)])
         self.assertEqual(self.assertBalanced(client).dropped, {"full": 1})
 
@@ -7334,6 +7343,7 @@ class ClientTest(TestCase):
         self.assertEqual(client.stats().delivered, 3)
 
     def test_a_broken_transport_is_a_network_failure(self):
+        self.patch(time, "sleep", lambda seconds: None)  # of a sender, after what looks like a bug
         for answer in (
             None,
             5,
@@ -10054,7 +10064,7 @@ class SandboxTourTest(SandboxCase):
 class SandboxAgainstSdkTest(SandboxCase):
     """The sandbox's rules and the SDK's, which know nothing of each other, on the same input."""
 
-    LOGS = 40_000 if FULL else 4_000
+    LOGS = rounds(2_000, 40_000)
     TEXTS = (
         "",
         " ",
@@ -10382,6 +10392,7 @@ class CommandLineTest(CommandLineCase):
                 self.assertIn(command, self.main("--help")[0])
 
     def test_usage_errors_exit_with_2_and_print_nothing_on_standard_output(self):
+        self.send(1, event="x")
         for args in (
             (), ("nope",), ("log",), ("log", "x"), ("log", "x", "abc"), ("log", "x", "nan"), ("log", " ", "1"),
             ("log", "x", "1", "--meta", "{"), ("log", "x", "1", "--log-id", "7"), ("log", "-", "1"),
@@ -10396,7 +10407,6 @@ class CommandLineTest(CommandLineCase):
             ("events", "--agent", "a"), ("rollups", "x", "--agent"), ("log", "x", "1", "2"),
         ):  # fmt: skip
             with self.subTest(args):
-                self.send(1, event="x")
                 out, err = self.main(*args, status=2)
                 self.assertEqual(out, "")
                 self.assertTrue(err)
@@ -10820,6 +10830,7 @@ class CommandLineStreamTest(CommandLineCase):
 
     def test_drain_goes_on_after_a_503(self):
         path = self.spool(600)
+        self.patch(chirrop, "_backoff", lambda *_: 0.0)
         self.sandbox.fail(status=503, path="/logs")
         self.assertEqual(self.cli("drain", path)[0], "600 delivered\n0 left\n0 dead letters\n")
 
@@ -11059,7 +11070,7 @@ class DemoTest(CommandLineCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
     def test_demo_accounts_for_every_log_whatever_the_environment_says(self):
-        code = "import chirrop, sys; chirrop._backoff = lambda *_: 0.3; sys.exit(chirrop.main())"
+        code = "import chirrop, sys; chirrop._backoff = lambda *_: 0.15; sys.exit(chirrop.main())"
         hasty = [sys.executable, "-c", code]
         command = rounds(hasty, [sys.executable, "-I", "-S", str(HERE / "chirrop.py")])
         process = subprocess.Popen(
@@ -11082,13 +11093,17 @@ class DemoTest(CommandLineCase):
         class Forgetful(chirrop.Sandbox):
             logs = property(lambda self: super().logs[1:])
 
+        some = list(chirrop._demo_logs())[:: rounds(10, 1)]
+        self.patch(chirrop, "_demo_logs", lambda: some)
         for sandbox, status in ((chirrop.Sandbox, 0), (Forgetful, 1)):
             with unittest.mock.patch.multiple(
                 chirrop, Sandbox=sandbox, _DEMO_FAULTS=({"times": 0},)
             ):
                 account = json.loads(self.main("demo", "--json", status=status)[0])
             self.assertEqual(account["balanced"], status == 0)
-            self.assertEqual((account["accepted"], len(account["rollups"]) > 5), (5000, True))
+            self.assertEqual(
+                (account["accepted"], len(account["rollups"]) > 5), (len(some), True)
+            )
 
 
 # ---- Hostile answers ------------------------------------------------------
@@ -11171,6 +11186,7 @@ class HostileTest(TestCase):
     def test_a_failure_while_settling_leaves_nothing_in_flight(self):
         client = self.client(transport=FakeTransport())
         original, failures = client._outbox._settle, [MemoryError()]
+        self.patch(time, "sleep", lambda seconds: None)  # of a sender, after what looks like a bug
 
         def settle(*args):
             if failures:
