@@ -2742,11 +2742,12 @@ class SpoolSharedTest(ProcessTestCase):
     def test_several_processes_deliver_each_log_once(self):
         server, path = self.server(), self.spool()
         code = "sys.stdin.readline(); c = client(spool=sys.argv[2]); log(c, 100); assert c.close(25); say('end')"
-        programs = [self.start_program(code, server.url, path) for _ in range(4)]
+        count = rounds(3, 8)
+        programs = [self.start_program(code, server.url, path) for _ in range(count)]
         for program in programs:
             program.stdin.write(b"\n")
         said = [word for program in programs for word in program.stdout.read().decode().split()]
-        self.assertEqual(said.count("end"), 4)
+        self.assertEqual(said.count("end"), count)
         self.assertEqual(sorted(server.arrived), sorted(set(said) - {"end"}))
         self.assertEqual(os.listdir(path.parent), [path.name])
 
@@ -2756,7 +2757,7 @@ c = client(spool=sys.argv[2], transport=down, flush_delay=60)
 say("ready"); sys.stdin.readline()
 log(c); os.kill(os.getpid(), 9)
 """
-        count = rounds(4, 8)
+        count = rounds(3, 8)
         for _ in range(rounds(1, 3)):
             path = self.spool()
             programs = [self.start_program(code, "http://x", path) for _ in range(count)]
@@ -2790,6 +2791,7 @@ log(c); os.kill(os.getpid(), 9)
         )  # the dead one's lock file is gone, too
 
     def test_logs_of_a_killed_holder_are_taken_over_by_a_running_client_out_of_work(self):
+        self.patch(chirrop, "_ADOPT_SECONDS", 0.1)
         path, transport = self.spool(), FakeTransport()
         client = self.client(transport=transport, spool=path, flush_delay=0)
         client.log(Log("x", 1))
@@ -3342,24 +3344,25 @@ if __name__ == "__main__":
     make()
     client.log(chirrop.Log("parent", -1))
     context = multiprocessing.get_context(sys.argv[2])
-    workers = [context.Process(target=child, args=(n,)) for n in range(2)]
+    workers = [context.Process(target=child, args=(n,)) for n in range(int(sys.argv[3]))]
     for w in workers: w.start()
     for w in workers: w.join(25)
-    assert [w.exitcode for w in workers] == [0, 0]
+    assert not any(w.exitcode for w in workers), workers
 """
         file = self.folder() / "program.py"
         file.write_text(code)
-        begun = []
+        begun, count = [], rounds(1, 2)
         for method in ("fork", "spawn"):
             server = self.server()
-            command = [sys.executable, file, server.url, method]
+            command = [sys.executable, file, server.url, method, str(count)]
             environment = {**os.environ, "PYTHONPATH": str(HERE)}
             begun.append((method, server, self.begin(command, env=environment)))
         for method, server, end in begun:
             with self.subTest(method):
                 done = end()
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
-                self.assertEqual((len(server.stored), len(set(server.stored))), (3, 3))
+                self.assertEqual(len(server.stored), 1 + count)
+                self.assertEqual(len(set(server.stored)), 1 + count)
 
     def test_an_idle_client_does_not_make_fork_warn(self):
         self.run_program(
@@ -3645,7 +3648,7 @@ sys.stdin.read()
     def test_kills_at_random_moments_lose_no_log(self):
         self.started, logged = [], []
         server, path, rng = self.server(), self.spool(), random.Random(50)
-        for seed in range(rounds(6, 50)):
+        for seed in range(rounds(4, 50)):
             server.status = rng.choice((200, 200, 200, 502))
             program = self.start(server, seed, path, 100000)
             self.line(program)
@@ -3661,7 +3664,7 @@ sys.stdin.read()
     def test_processes_on_one_spool_with_kills_and_restarts_lose_no_log(self):
         self.started, logged = [], []
         server, path, rng = self.server(), self.spool(), random.Random(8)
-        count, kills = rounds(3, 8), rounds(6, 24)
+        count, kills = rounds(3, 8), rounds(4, 24)
         programs = [self.start(server, n, path, 150) for n in range(count)]
         for kill in range(kills):
             number = len(server.stored)
@@ -3786,16 +3789,21 @@ threading.Thread.__init__ = init
 
 class HostTest(ProcessTestCase):
     def check_swap(self, logs_before):
-        begun = []
-        for ending in ("c.flush(20)", "c.close(20)", ""):
-            server = self.server()
-            code = f"c = client()\nlog(c, {logs_before})\nc.flush(20)\nmonkey_patch()\nlog(c, 300)\n{ending}"
-            begun.append((ending, server, self.begin_program(COOPERATIVE + code, server.url)))
-        for ending, server, words in begun:
-            with self.subTest(ending):
-                said = words()
-                self.assertEqual(len(said), 300 + logs_before)
-                self.assertEqual(sorted(server.stored), sorted(said))
+        server = self.server()
+        code = f"""
+endings = "c.flush(20)", "c.close(20)", ""
+clients = [client() for _ in endings]
+for c in clients:
+    log(c, {logs_before})
+    c.flush(20)
+monkey_patch()
+for c, ending in zip(clients, endings):
+    log(c, 300)
+    exec(ending)
+"""
+        said = self.run_program(COOPERATIVE + code, server.url)
+        self.assertEqual(len(said), 3 * (300 + logs_before))
+        self.assertEqual(sorted(server.stored), sorted(said))
 
     def test_locks_and_threads_swapped_after_the_client_was_made_freeze_nothing(self):
         self.check_swap(0)
@@ -3830,7 +3838,7 @@ def child():
 reap(*[fork(child) for _ in range(3)])
 assert c.flush(20), c.stats()
 """
-        servers = [self.server() for _ in range(3)]
+        servers = [self.server() for _ in range(rounds(1, 3))]
         begun = [self.begin_program(code, server.url) for server in servers]
         for server, words in zip(servers, begun):
             said = words()
@@ -3906,10 +3914,10 @@ def child(_=0):
 if __name__ == "__main__":
     client.log(chirrop.Log("parent", 1))
     context = multiprocessing.get_context(sys.argv[2])
-    workers = [context.Process(target=child) for _ in range(2)]
+    workers = [context.Process(target=child) for _ in range(int(sys.argv[3]))]
     for w in workers: w.start()
     for w in workers: w.join(25)
-    assert [w.exitcode for w in workers] == [0, 0], workers
+    assert not any(w.exitcode for w in workers), workers
     with context.Pool(1) as pool:
         pool.map(child, range(2))
         pool.close()
@@ -3917,17 +3925,18 @@ if __name__ == "__main__":
 """
         file = self.folder() / "program.py"
         file.write_text(code)
-        begun = []
+        begun, count = [], rounds(1, 2)
         for method in ("fork", "forkserver", "spawn"):
             server = self.server()
-            command = [sys.executable, "-W", "ignore", file, server.url, method]
+            command = [sys.executable, "-W", "ignore", file, server.url, method, str(count)]
             environment = {**os.environ, "PYTHONPATH": str(HERE)}
             begun.append((method, server, self.begin(command, env=environment)))
         for method, server, end in begun:
             with self.subTest(method):
                 done = end()
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
-                self.assertEqual((len(server.stored), len(set(server.stored))), (5, 5))
+                self.assertEqual(len(server.stored), 3 + count)
+                self.assertEqual(len(set(server.stored)), 3 + count)
 
     def test_a_full_queue_is_sent_at_once_though_no_batch_is_full(self):
         client = self.client(FakeTransport(), queue_size=10, flush_delay=86400, timeout=5)
@@ -3985,26 +3994,20 @@ assert c.flush(20), c.stats()
     def test_uwsgi_without_threads_is_told_once_and_flush_sends(self):
         code = """
 import logging, types
-logging.basicConfig(stream=sys.stderr, format="%%(levelname)s")
-sys.modules["uwsgi"] = types.ModuleType("uwsgi")
-sys.modules["uwsgi"].opt = {"master": True, **%r}
-c = client()
-log(c, 3)
-assert c.flush(20)
-log(c, 3)
+logging.basicConfig(stream=sys.stderr, format="%(levelname)s")
+uwsgi = sys.modules["uwsgi"] = types.ModuleType("uwsgi")
+for options in {}, {"enable-threads": True}, {"threads": b"4"}:
+    uwsgi.opt = {"master": True, **options}
+    print("with", *options, file=sys.stderr, flush=True)
+    c = client()
+    log(c, 3)
+    assert c.flush(20)
+    log(c, 3)
 """
-        begun = []
-        for options, told in (
-            ({}, "WARNING\n"),
-            ({"enable-threads": True}, ""),
-            ({"threads": b"4"}, ""),
-        ):
-            server = self.server()
-            words = self.begin_program(code % options, server.url, stderr=told)
-            begun.append((options, server, words))
-        for options, server, words in begun:
-            with self.subTest(options):
-                self.assertEqual(sorted(words()), sorted(server.stored))
+        server, told = self.server(), "with\nWARNING\nwith enable-threads\nwith threads\n"
+        said = self.run_program(code, server.url, stderr=told)
+        self.assertEqual(len(said), 18)
+        self.assertEqual(sorted(server.stored), sorted(said))
 
 
 # ---- Callbacks, logging, memory -------------------------------------------
@@ -8207,10 +8210,11 @@ class CutTest(TestCase):
         if FULL:
             above = pathlib.Path(__file__).read_text(encoding="utf-8").split("\n# ---- The file")[0]
             names = re.findall(r"^class (\w+Test)\(", above, re.MULTILINE)
-        check = "import chirrop, sys; sys.exit(hasattr(chirrop, 'Sandbox'))"
-        self.assertEqual(self.run_cut("-c", check).returncode, 0)
-        classes = [f"test_chirrop.{name}" for name in names]
-        done = self.run_cut("-m", "unittest", *classes, CHIRROP_TEST_FULL="")
+        code = (
+            "import chirrop, unittest; assert not hasattr(chirrop, 'Sandbox');"
+            "unittest.main('test_chirrop')"
+        )
+        done = self.run_cut("-c", code, *names, CHIRROP_TEST_FULL="")
         self.assertEqual(done.returncode, 0, done.stderr[-5000:])
 
     def test_the_readmes_lambda_layer_carries_bytecode_and_runs_a_handler(self):
@@ -10860,27 +10864,48 @@ class CommandLineStreamTest(CommandLineCase):
         )
 
 
+def read_all(master):
+    """Yield what is written to a terminal, until nobody has its other end."""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while data := os.read(master, 65536):
+            yield data
+
+
 @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
 class CommandLineTerminalTest(CommandLineCase):
-    def terminal(self, columns, *args, status=0, **env):
-        """Run a command in a terminal of this width; return all that it wrote there, raw."""
+    def terminal(self, columns, *args, status=0, process=FULL, **env):
+        """Run a command in a terminal of this width; return all that it wrote there, raw.
+
+        In a process of its own, or else in this one, which COLUMNS tells the width.
+        """
         import fcntl
         import struct
         import termios
 
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        pieces, reader = [], threading.Thread(target=lambda: pieces.extend(read_all(master)))
+        reader.start()
+        self.addCleanup(reader.join, LONG)
         env = {**os.environ, "TERM": "xterm", **env}
-        process = subprocess.Popen(
-            [*CLI, *args], stdin=slave, stdout=slave, stderr=slave, cwd=self.cwd, env=env
-        )
-        os.close(slave)
-        raw = b""
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while data := os.read(master, 65536):
-                raw += data
+        if process:
+            command = [*CLI, *args]
+            run = subprocess.Popen(
+                command, stdin=slave, stdout=slave, stderr=slave, cwd=self.cwd, env=env
+            )
+            os.close(slave)
+            code = run.wait(LONG)
+        else:
+            with open(slave, "r+b", buffering=0) as file:
+                screen = io.TextIOWrapper(file, "utf-8", write_through=True)
+                streams = mock.patch.multiple(sys, stdin=screen, stdout=screen, stderr=screen)
+                with streams, mock.patch.dict(os.environ, {**env, "COLUMNS": str(columns)}):
+                    code = chirrop.main(list(args))
+                screen.detach()
+        reader.join(LONG)
+        raw = b"".join(pieces)
         os.close(master)
-        self.assertEqual(process.wait(LONG), status, raw)
+        self.assertEqual(code, status, raw)
         text = raw.decode()
         self.check(text)
         for line in text.replace("\r", "\n").split("\n"):
@@ -10915,7 +10940,7 @@ class CommandLineTerminalTest(CommandLineCase):
         self.send(1, agent="billing")
         event_id = json.loads(self.main("events", "--json")[0])[0]["event_id"]
         self.assertEqual(
-            self.terminal(40, "events"),
+            self.terminal(40, "events", process=True),
             f"{event_id}\r\n  agent billing\r\n  event tool.errors.count\r\n",
         )
 
@@ -11090,7 +11115,7 @@ class DemoTest(CommandLineCase):
             [*command, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
         )
         with mock.patch.dict(globals(), CLI=rounds(hasty, CLI)):
-            screen = CommandLineTerminalTest.terminal(self, 40, "demo")  # both at once
+            screen = CommandLineTerminalTest.terminal(self, 40, "demo", process=True)  # both at once
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
         out, err = process.communicate(timeout=LONG)
