@@ -5040,12 +5040,19 @@ class ExitInterruptedTest(ProcessTestCase):
 import logging
 import math
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
-waits = threading.Event()
+waits, interrupts = threading.Event(), []
+
+def interrupt(*_):
+    interrupts.append(1)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)
 
 def stalled(method, url, body, headers, timeout):
-    for _ in range(int(sys.argv[2])):
-        os.kill(os.getpid(), signal.SIGINT)
-        waits.wait(0.3)
+    for number in range(int(sys.argv[2])):
+        while len(interrupts) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+            waits.wait(0.1)             # one that comes just before a wait does not end it: again
     waits.wait(20)
 
 def dropped(logs, error):
