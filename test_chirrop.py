@@ -4910,6 +4910,8 @@ class TimeLimitTest(InterruptedCase):
         """Let time limits end jobs of one client; check it meanwhile, the account at the end."""
         wire, self.returned, self.unsure = Wire(), set(), set()
         client = new_client(api_key=KEY, transport=wire, flush_delay=0, spool=spool)
+        self.addCleanup(client.close, 5)
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)  # before it is closed
         for n in range(times):
             self.fired = None
             try:
@@ -4974,6 +4976,7 @@ class TimeLimitTest(InterruptedCase):
                 before = signal.signal(signal.SIGALRM, handler)
                 self.addCleanup(signal.signal, signal.SIGALRM, before)
                 client = new_client(api_key=KEY, transport=transport)
+                self.addCleanup(client.close, 5)
                 with self.assertRaises(TimeLimit):
                     client.send_logs([Log("test", 1)])
                 self.assertTrue(client.close(LONG))
