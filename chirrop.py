@@ -2678,61 +2678,54 @@ class _Crew:
     """The threads that do one job.
 
     Not asked of Thread: an exception in the middle of its start() or is_alive() can leave one that
-    never runs, or that runs and says that it does not.
+    never runs, or that runs and says that it does not. Here each enters and leaves by itself.
     """
 
     def __init__(self) -> None:
-        self._starting: dict[threading.Thread, float] = {}  # until when it counts all the same
-        self._running: dict[threading.Thread, None] = {}  # each enters and leaves by itself
+        self._members: dict[threading.Thread, None] = {}
 
     def __iter__(self) -> Iterator[threading.Thread]:
-        now = time.monotonic()
-        starting = [thread for thread, until in list(self._starting.items()) if until > now]
-        return iter([*self._running, *starting])
+        return iter(list(self._members))
 
-    def start(self, work: Callable[..., Any], name: str, limit: int, lock: Any, *args: Any) -> bool:
-        """Start a thread, unless there are `limit` of them; False where there can be none.
+    def start(self, work: Callable[..., Any], name: str, limit: int, *args: Any) -> bool:
+        """Start a thread, which ends at once if there are `limit`; False where there can be none.
 
-        That is one case: at exit, which 3.12 forbids, in a subinterpreter, out of memory for its
-        stack, in uWSGI. Not to be called under a lock: with gevent, others run meanwhile.
+        That is so at exit, which 3.12 forbids, in a subinterpreter, out of memory for its stack, in
+        uWSGI.
         """
         if _exiting or _has_no_threads():
             return False
-        handled = sys.exc_info()[1]
+        begun, handled = _Bell(), sys.exc_info()[1]
+        given = begun, name, limit, work, *args
         try:
-            thread = threading.Thread(target=self._run, args=(work, *args), daemon=True)
-            if _exclusively(lock, self._enlist, thread, name, limit):
-                thread.start()
-            return True
+            threading.Thread(target=self._run, name=name, args=given, daemon=True).start()
         except BaseException as exc:
-            self._starting.clear()  # those that run have left it, or will
             hidden = exc.__context__
             if hidden is not None and hidden is not handled:
                 raise hidden from None  # threading stumbles over what interrupts it
             if not isinstance(exc, RuntimeError) or isinstance(exc, RecursionError):
                 raise
             return False
-
-    def _enlist(self, thread: threading.Thread, name: str, limit: int) -> bool:
-        number = len(list(self)) + 1
-        if number > limit:
-            return False
-        thread.name = f"{name}-{number}"
-        self._starting[thread] = time.monotonic() + 1.0
+        begun.wait(1.0)
         return True
 
-    def _run(self, work: Callable[..., Any], *args: Any) -> None:
+    def _run(
+        self, begun: _Bell, name: str, limit: int, work: Callable[..., Any], *args: Any
+    ) -> None:
         me = threading.current_thread()
-        self._running[me] = None
-        self._starting.pop(me, None)
         try:
-            work(*args)
+            self._members[me] = None
+            number = 1 + list(self._members).index(me)
+            me.name = f"{name}-{number}"
+            begun.ring()
+            if number <= limit:
+                work(*args)
         finally:
             self.leave()
 
     def leave(self) -> None:
         """Count this thread no more."""
-        self._running.pop(threading.current_thread(), None)
+        self._members.pop(threading.current_thread(), None)
 
     def join(self, deadline: float) -> None:
         """Wait until there is none but this thread; one may have started another."""
@@ -2741,10 +2734,7 @@ class _Crew:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            try:
-                others[0].join(min(threading.TIMEOUT_MAX, left))
-            except RuntimeError:
-                time.sleep(0.001)  # it has not begun
+            others[0].join(min(threading.TIMEOUT_MAX, left))
 
 
 class _Reporter:
@@ -2794,7 +2784,7 @@ class _Reporter:
         """Tell what is due in a thread of its own; False where there can be none."""
         if not self.due() or any(self.threads):
             return True
-        return self.threads.start(self._work, "chirrop-reporter", 1, self._outbox.buffer.lock)
+        return self.threads.start(self._work, "chirrop-reporter", 1)
 
     def _work(self) -> None:
         done = self.run()
@@ -2981,8 +2971,8 @@ class _Sender:
         _close_with_multiprocessing()
         if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
             importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
-        lock, threads = self.outbox.buffer.lock, self._threads
-        if threads.start(self._run, "chirrop-sender", width, lock, threads):
+        threads = self._threads
+        if threads.start(self._run, "chirrop-sender", width, threads):
             self._bell.ring()
             return
         # flush, close and exit send in their own thread.
