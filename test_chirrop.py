@@ -1667,8 +1667,9 @@ class Simulation:
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
             self.sender.close(math.inf)
             assert all(lock.closed for lock in self.locks), "a file is still locked"
-            if self.side_files():  # a strike may leave a connection to the garbage collector
-                gc.collect()
+            for _ in range(20):  # a strike may leave a connection to the garbage collector
+                if self.side_files():  # PyPy's takes several turns for what has finalisers
+                    gc.collect()
             assert not self.side_files(), self.side_files()
         else:
             assert accepted <= delivered | dropped, "a log is unaccounted for"
@@ -5227,6 +5228,7 @@ class StormTest(TestCase):
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to time with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "its limit is of bytes, not of calls")
 class RecursionTest(TestCase):
     def test_log_near_the_recursion_limit_leaves_a_client_that_sends(self):
         def deep(frames, work):
@@ -7902,7 +7904,8 @@ class LambdaTest(TestCase):
         ):
             with self.assertRaises(KeyError):
                 handler("mine", context)
-        self.assertEqual(client.stats().queued, 6)
+        stats = self.assertBalanced(client)
+        self.assertEqual(stats.queued + stats.in_flight, 6)
 
     def test_without_a_context_that_tells_the_time_it_flushes_all_the_same(self):
         transport = FakeTransport()
@@ -7917,7 +7920,14 @@ class LambdaTest(TestCase):
     def bounds(self, client, *invocations):
         """Return how long each invocation let its flush wait: that is the most it may cost."""
         asked = []
-        client.flush = lambda timeout: asked.append(timeout) or Client.flush(client, timeout)
+        client._outbox._rand = lambda: 1.0  # nothing is sent between invocations
+
+        def flush(timeout):
+            asked.append(timeout)
+            if timeout:  # in no time, it would leave a request under way
+                Client.flush(client, timeout)
+
+        client.flush = flush
         for work, context in invocations:
             client.lambda_handler(lambda *_, work=work: work())(None, context)
         return asked
