@@ -1325,7 +1325,7 @@ class OutboxTest(TestCase):
     def test_a_wait_that_is_over_before_it_begins_ends(self):
         # queue.SimpleQueue, before Python 3.13, hangs within some thousand of these.
         def wait():
-            for number in range(rounds(4_000, 20_000)):
+            for number in range(rounds(2_000, 20_000)):
                 bell = chirrop._Bell()
                 if number % 2:
                     bell.ring()
@@ -1666,8 +1666,9 @@ class Simulation:
             assert self.outbox.stats().accepted == 0, "delivered or dropped, but still in the file"
             self.sender.close(math.inf)
             assert all(lock.closed for lock in self.locks), "a file is still locked"
-            if self.side_files():  # a strike may leave a connection to the garbage collector
-                gc.collect()
+            for _ in range(20):  # a strike may leave a connection to the garbage collector
+                if self.side_files():  # PyPy's takes several turns for what has finalisers
+                    gc.collect()
             assert not self.side_files(), self.side_files()
         else:
             assert accepted <= delivered | dropped, "a log is unaccounted for"
@@ -1723,7 +1724,7 @@ class SimulationTest(TestCase):
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
-        for seed in [int(one)] if one else range(rounds(100, 5000)):
+        for seed in [int(one)] if one else range(rounds(80, 5000)):
             where = path and f"{path}/{seed}"
             try:
                 Simulation(seed, where).run()
@@ -3142,6 +3143,7 @@ thread.join()
         server = self.server()
         logged = self.run_program(
             """
+chirrop._FORK_SECONDS = 0.2            # the sender may have the other lock, and wait for this one
 s = client(spool=sys.argv[2], flush_delay=60)
 log(s)
 pids = []
@@ -4162,6 +4164,8 @@ class CallbackAndLoggingTest(ProcessTestCase):
 
 
 class MemoryTest(ProcessTestCase):
+    SIZE = rounds(500, 1000)
+
     def outage(self, transport):
         """Fill a bounded queue in an outage, go on for long; return the most bytes held for it."""
         try:
@@ -4171,7 +4175,8 @@ class MemoryTest(ProcessTestCase):
         self.client(transport=FakeTransport()).send_logs(
             [Log("warm up", 1)]
         )  # imports are not held logs
-        client = self.client(transport=transport, queue_size=1000, timeout=0.0001, flush_delay=0)
+        size, fields = self.SIZE, {"timeout": 0.0001, "flush_delay": 0}
+        client = self.client(transport=transport, queue_size=size, **fields)
         accepted = refused = 0
         gc.collect()
         tracemalloc.start()
@@ -4185,8 +4190,8 @@ class MemoryTest(ProcessTestCase):
                 refused += 1
         held, peak = (size - start for size in tracemalloc.get_traced_memory())
         stats = self.assertBalanced(client)
-        self.assertEqual((stats.accepted, stats.queued + stats.in_flight), (accepted, 1000))
-        self.assertEqual(accepted, 1000)
+        self.assertEqual((stats.accepted, stats.queued + stats.in_flight), (accepted, size))
+        self.assertEqual(accepted, size)
         return held, peak
 
     def test_in_an_outage_memory_is_bounded_by_queue_size_in_flight_included(self):
@@ -4199,10 +4204,9 @@ class MemoryTest(ProcessTestCase):
         for name, transport in cases.items():
             with self.subTest(name):
                 held, peak = self.outage(transport)
-                self.assertLess(held, 1000 * 1400)  # a log is about 1,100 bytes
-                self.assertLess(
-                    peak, 1000 * 1400 + 2 * 250 * 1100
-                )  # and a batch is joined for its request
+                self.assertLess(held, self.SIZE * 1400)  # a log is about 1,100 bytes
+                # And a batch is joined for its request.
+                self.assertLess(peak, self.SIZE * 1400 + 2 * 250 * 1100)
                 go.set()
 
 
@@ -4212,7 +4216,7 @@ class MemoryTest(ProcessTestCase):
 # was, the exception must reach the caller, and afterwards the client must work and account for all.
 
 CODE_FILE = chirrop.__file__
-MODULE_CODE = compile(HERE.joinpath("chirrop.py").read_bytes(), CODE_FILE, "exec")
+MODULE_CODE = chirrop.__spec__.loader.get_code("chirrop")
 PATIENCE = float(os.environ.get("CHIRROP_TEST_PATIENCE", "5"))  # seconds; what takes longer hangs
 
 
@@ -4848,7 +4852,7 @@ class InterruptTest(InterruptedCase):
         failed = 0
         with Trials.world():
             for index, (spool, server, threads, happenings) in enumerate(conditions):
-                if index % rounds(3, 1):
+                if index % rounds(5, 1):
                     continue
                 trials = Trials(operation, spool, server, threads)
                 faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
@@ -5021,7 +5025,7 @@ class ReentryTest(InterruptedCase):
         with Trials.world(deep=True):
             for threads in (True, False):
                 reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
-                places = [nth for nth, reach in reaches if reach == "signal"][:: rounds(12, 3)]
+                places = [nth for nth, reach in reaches if reach == "signal"][:: rounds(20, 3)]
                 for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
                     trials.run([handler], None if COMPLETE else places, ("signal", "memory"))
@@ -5238,6 +5242,7 @@ class StormTest(TestCase):
 
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no signals to time with here")
+@unittest.skipUnless(sys.implementation.name == "cpython", "its limit is of bytes, not of calls")
 class RecursionTest(TestCase):
     def test_log_near_the_recursion_limit_leaves_a_client_that_sends(self):
         def deep(frames, work):
@@ -6104,7 +6109,7 @@ class RetryTableTest(SocketTestCase):
                 continue
             with self.subTest(name):
                 server = self.server(hang)
-                client = self.real(server, timeout=0.1, servicer_retries=20)
+                client = self.real(server, timeout=0.05, servicer_retries=20)
                 if name in SAFE:
                     self.assertEqual(run(client), {})
                     self.assertGreaterEqual(len(server.requests), 2)
@@ -7913,7 +7918,8 @@ class LambdaTest(TestCase):
         ):
             with self.assertRaises(KeyError):
                 handler("mine", context)
-        self.assertEqual(client.stats().queued, 6)
+        stats = self.assertBalanced(client)
+        self.assertEqual(stats.queued + stats.in_flight, 6)
 
     def test_without_a_context_that_tells_the_time_it_flushes_all_the_same(self):
         transport = FakeTransport()
@@ -7928,7 +7934,14 @@ class LambdaTest(TestCase):
     def bounds(self, client, *invocations):
         """Return how long each invocation let its flush wait: that is the most it may cost."""
         asked = []
-        client.flush = lambda timeout: asked.append(timeout) or Client.flush(client, timeout)
+        client._outbox._rand = lambda: 1.0  # nothing is sent between invocations
+
+        def flush(timeout):
+            asked.append(timeout)
+            if timeout:  # in no time, it would leave a request under way
+                Client.flush(client, timeout)
+
+        client.flush = flush
         for work, context in invocations:
             client.lambda_handler(lambda *_, work=work: work())(None, context)
         return asked
@@ -8007,7 +8020,10 @@ class ModuleTest(TestCase):
     """What a security reviewer and a person who vendors the file rely on."""
 
     SOURCE = pathlib.Path(chirrop.__file__).read_text(encoding="utf-8")
-    TREE = ast.parse(SOURCE)
+
+    @classmethod
+    def setUpClass(cls):
+        cls.TREE = ast.parse(cls.SOURCE)
 
     def test_the_public_names_are_exactly_those_listed(self):
         public = {
@@ -10102,7 +10118,7 @@ class SandboxTourTest(SandboxCase):
 class SandboxAgainstSdkTest(SandboxCase):
     """The sandbox's rules and the SDK's, which know nothing of each other, on the same input."""
 
-    LOGS = rounds(2_000, 40_000)
+    LOGS = rounds(1_000, 40_000)
     TEXTS = (
         "",
         " ",
