@@ -2351,7 +2351,7 @@ class _Outbox:
         if self._since is None:
             self._since = now
         full = size >= self._config.batch_size or self.is_full()
-        wanted = self.closed or any(flush.mark > self._left() for flush in self.flushes)
+        wanted = self.closed or any(flush.mark > self._taken() for flush in self.flushes)
         if full or wanted:
             return now
         return self._since + self._config.flush_delay
@@ -2366,8 +2366,8 @@ class _Outbox:
             more = _TEND_ROWS  # nothing could be sent; but the buffer may need tending
         return float(self.buffer.level() + max(1, more))
 
-    def _left(self) -> int:
-        """Return how many logs have left the buffer."""
+    def _taken(self) -> int:
+        """Return how many logs have been taken from the buffer."""
         return self.state.settled + sum(len(batch.items) for batch in self.state.batches)
 
     @_guarded
@@ -2391,7 +2391,7 @@ class _Outbox:
         self._allow_for_found()
         others = tuple(batch for batch in self.state.batches if batch.items)
         self._set(batches=others)
-        batch = _Batch(self._left())
+        batch = _Batch(self._taken())
         self._set(batches=(*others, batch))
         self.buffer.fill(batch)
         self._count_lost()
@@ -2511,7 +2511,7 @@ class _Outbox:
         """Return a flush of what is held now; a backoff in progress ends."""
         self._allow_for_found()
         state = self.state
-        flush = _Flush(self._left() + self.buffer.size(), state.retries)
+        flush = _Flush(self._taken() + self.buffer.size(), state.retries)
         for batch in state.batches:
             batch.not_before = 0.0
             batch.exhausted = False
@@ -2537,7 +2537,7 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
-        if self._left() >= flush.mark and all(batch.exhausted for batch in unsettled):
+        if self._taken() >= flush.mark and all(batch.exhausted for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
@@ -2577,7 +2577,7 @@ class _Outbox:
 
     @_guarded
     def _sweep(self, why: str) -> None:
-        last = _Batch(self._left())
+        last = _Batch(self._taken())
         self._set(batches=(*self.state.batches, last))
         if self.state.stopped:
             self.buffer.fill(last, sys.maxsize)
@@ -2760,7 +2760,7 @@ class _Reporter:
         self._notes.append((level, text))
         return True
 
-    def state(self, verdict: str, error: ChirrOpError | None) -> None:
+    def answered(self, verdict: str, error: ChirrOpError | None) -> None:
         """Note once a minute that logs are held, and how many, or refused; and that it is over."""
         if error is None:
             if self._failing:
@@ -2812,13 +2812,13 @@ class _Reporter:
         try:
             if not lock.acquire(timeout=max(0.0, min(threading.TIMEOUT_MAX, wait))):
                 return False
-            self._tell()
+            self._tell_all()
             return True
         finally:
             while lock._is_owned():  # type: ignore[attr-defined]
                 lock.release()
 
-    def _tell(self) -> None:
+    def _tell_all(self) -> None:
         while self._on_drop is not None and self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
             logs = [_decoded(item) for item in drop.items]
@@ -2919,13 +2919,13 @@ class _Sender:
             return self.refuse("closed", data, ChirrOpError("logged after close"))
         self.outbox.late.append(data)
         self.outbox.sweep()
-        self._tell()
+        self._announce()
         return None
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
         self.outbox.refuse(reason, [item], error)
-        self._tell()
+        self._announce()
 
     def _put_bounded(self, data: bytes) -> None:
         deadline = self._clock() + self._config.timeout
@@ -3049,8 +3049,8 @@ class _Sender:
         verdict = _verdict(_INGEST, answer.status)
         error = None if verdict == _DELIVERED else answer.error()
         self.outbox.settle(batch, verdict, error, self._clock())
-        self.report.state(verdict, error)
-        self._tell()
+        self.report.answered(verdict, error)
+        self._announce()
         if self.outbox.state.width > len(list(threads)) > 0:
             self._spawn()
         self._ring()
@@ -3065,7 +3065,7 @@ class _Sender:
                 _discard(self._callers, caller)
                 bell.ring()
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         """Wake the callers whose wait is over, and report what there is to report."""
         self._look()
         if not self.report.kick():
@@ -3136,7 +3136,7 @@ class _Sender:
 
     def close(self, deadline: float) -> bool:
         self.outbox.closed = True
-        self._tell()
+        self._announce()
         if _is_inside(_exclusively.__code__):
             return False  # senders go on; the exit hook, or another close, ends them
         clean = self.outbox.state.stopped or self.flush(deadline)
@@ -3147,7 +3147,7 @@ class _Sender:
         """End all sending now, and report what that drops; waits for threads until `deadline`."""
         self.outbox.stop(clean)
         self._ring()  # for the leader; the others see that the outbox is stopped
-        self._tell()
+        self._announce()
         self._hand_over(deadline)
         # One that is idle ends at once; one in a request ends after it, and is not waited for long.
         self._threads.join(min(deadline, self._clock() + 1.0))
