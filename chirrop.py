@@ -1688,6 +1688,8 @@ class SqliteSpool:
     @_guarded
     def _trouble(self, file: _SpoolFile | None, exc: Exception) -> None:
         """Say what is wrong with a file, and give up a damaged one."""
+        if file is not None and file.conn is None:
+            return  # another thread has done so
         if file is not None and self._is_damage(exc):
             self.lost += file.known
             file.conn.close()

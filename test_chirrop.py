@@ -4333,25 +4333,28 @@ def stack_of(frame):
 class Step:
     """Do `action` before the nth instruction that this thread executes in the module.
 
-    With 0, which does nothing, `reaches` has the reach of each of them afterwards.
+    With `demanded`, before the first one from there on that has such a reach. With 0, which does
+    nothing, `reaches` has the reach of each of them afterwards.
     """
 
-    def __init__(self, nth=0, action=None):
+    def __init__(self, nth=0, action=None, demanded=()):
         self.nth, self.action, self.count, self.place = nth, action, 0, None
-        self.reaches, self._last = [], (None, 0)
+        self.demanded, self.reaches, self._last = demanded, [], (None, 0)
 
     def _executes(self, frame):
         self.count += 1
-        if self.nth == 0:
-            self.reaches.append(Place(frame, self._last).reach)
+        if self.count >= self.nth:
+            place = Place(frame, self._last)
+            if self.nth == 0:
+                self.reaches.append(place.reach)
+            elif not self.demanded or place.reach in self.demanded:
+                self.stop()
+                self.place, self._last = place, None
+                place.stack = stack_of(frame)
+                self.action()
+                return
+        if self.count >= self.nth - 1:
             self._last = (frame, frame.f_lasti)
-        elif self.count == self.nth - 1:
-            self._last = (frame, frame.f_lasti)
-        elif self.count == self.nth:
-            self.stop()
-            self.place = Place(frame, self._last)
-            self.place.stack, self._last = stack_of(frame), None
-            self.action()
 
     def __enter__(self):
         self._tracer = sys.gettrace()
@@ -4680,7 +4683,7 @@ class Trials:
         self.operation, self.folder, self.server, self.threads = operation, folder, server, threads
         self.tried = collections.Counter()  # reach -> number
         self.wrong = []  # (place, what happened, what was wrong)
-        self.demanded = ()
+        self.demanded, self.passed = (), 0  # passed: instructions that are done with
         self.helper = Helper()
 
     def __str__(self):
@@ -4747,25 +4750,21 @@ class Trials:
         With `demanded`, only where the reach is one of these; it ends at the first that is wrong.
         """
         self.demanded = demanded
-        for nth in places or range(1, len(self.survey()) + 1):
-            self.one(nth, happenings[nth % len(happenings)])
-            if nth % 200 == 0:
-                gc.collect()
-            if demanded and self.wrong:
+        for nth in places or itertools.count(1):
+            if nth > self.passed and not (demanded and self.wrong):
+                self.passed = self.one(nth, happenings[sum(self.tried.values()) % len(happenings)])
+            if self.passed == math.inf:
                 break
         self.helper.end()
         return self
 
     def one(self, nth, happening):
-        trial, wrong, acted = self.trial(), [], False
+        """Return the instruction before which something happened; infinity: it ended before."""
+        trial, wrong = self.trial(), []
         raising = isinstance(happening, type)
         thrown = happening("thrown") if raising else None
 
         def act():
-            nonlocal acted
-            acted = not self.demanded or step.place.reach in self.demanded
-            if not acted:
-                return
             if happening in BY_HANDLERS:
                 handle.thrown = thrown
                 handle(signal.SIGUSR1, sys._getframe())
@@ -4777,27 +4776,27 @@ class Trials:
             except Exception as exc:
                 wrong.append(f"raises {exc!r} in {happening.__name__}")
 
-        step = Step(nth, act)
+        step = Step(nth, act, self.demanded)
         raised = self.operate(trial, step)
         if isinstance(raised, Hang):
             wrong.append(f"hangs in {raised}")
-        elif raising and acted:
+        elif raising and step.place:
             if raised is None:
                 wrong.append("swallowed the exception")
             elif raised is not thrown:
                 wrong.append(f"raised {raised!r} instead")
         elif raised is not None and not isinstance(raised, trial.module.ChirrOpError):
             wrong.append(f"raised {raised!r}")
-        if not acted and step.place:  # nothing can happen there
-            trial.wire.state = "up"
-            trial.client.close(PATIENCE)
-        elif not isinstance(raised, Hang):
+        if not isinstance(raised, Hang):
             wrong += self.judge(trial)
         self.tried[step.place.reach if step.place else "end"] += 1
         if wrong:
             Trials.shared = None  # something may be wrong with all of the module
         self.wrong += ((step.place, happening.__name__, what) for what in wrong)
         self.clean()
+        if sum(self.tried.values()) % 200 == 0:
+            gc.collect()
+        return step.count if step.place else math.inf
 
     def judge(self, trial):
         wrong = []
