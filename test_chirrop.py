@@ -11534,8 +11534,8 @@ class PortabilityTest(TestCase):
             name="from myapp._vendor import chirrop"
         )
         many = (
-            "-I -S -OO -B -W error".split(),
-            "-O -bb -X dev -X utf8=0".split(),
+            ["-I", "-S", "-OO", "-B", "-W", "error"],
+            ["-O", "-bb", "-X", "dev", "-X", "utf8=0"],
         )
         each = (
             *(["-I"], ["-S"], ["-O"], ["-OO"], ["-X", "dev"], ["-W", "error"], ["-bb"]),
