@@ -1951,6 +1951,8 @@ class ProcessTestCase(TestCase):
         for entry in entries:
             client.log(entry)
         client.close(0)
+        client._sender._threads.join(time.monotonic() + LONG)  # one may have an answer to tell of
+        self.reported(client)
         return path, [entry.log_id for entry in entries]
 
     def drain(self, path):
@@ -11146,9 +11148,8 @@ class DemoTest(CommandLineCase):
             [*command, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
         )
         with mock.patch.dict(globals(), CLI=rounds(hasty, CLI)):
-            screen = CommandLineTerminalTest.terminal(
-                self, 40, "demo", process=True
-            )  # both at once
+            # Both at once.
+            screen = CommandLineTerminalTest.terminal(self, 40, "demo", process=True)
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
         out, err = process.communicate(timeout=LONG)
