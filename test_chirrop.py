@@ -98,10 +98,14 @@ STRICT = rounds(["-W", "error"], ["-X", "dev", "-W", "error"])
 
 
 def setUpModule():
-    """Cache the module's bytecode: processes that import it start several times as fast."""
+    """Cache the module's bytecode: processes that import it start several times as fast.
+
+    What the modules hold is left alone by all garbage collections of the tests.
+    """
     if sys.dont_write_bytecode:
         with contextlib.suppress(OSError):
             py_compile.compile(chirrop.__file__)
+    getattr(gc, "freeze", int)()
 
 
 class FakeTransport:
@@ -1946,6 +1950,8 @@ class ProcessTestCase(TestCase):
         for entry in entries:
             client.log(entry)
         client.close(0)
+        client._sender._threads.join(time.monotonic() + LONG)  # one may have an answer to tell of
+        self.reported(client)
         return path, [entry.log_id for entry in entries]
 
     def drain(self, path):
@@ -3295,7 +3301,7 @@ for t in threads: t.join()
 assert c.close(25), c.stats()
 """
         begun = []
-        for children, *spool in ((rounds(10, 100),), (rounds(5, 40), self.spool())):
+        for children, *spool in ((rounds(6, 100),), (rounds(4, 40), self.spool())):
             server = self.server()
             words = self.begin_program(code, server.url, children, *spool)
             begun.append((spool, children, server, words))
@@ -4958,7 +4964,7 @@ class TimeLimitTest(InterruptedCase):
         self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
         faulthandler.dump_traceback_later(10 * LONG, exit=True)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
-        for client in range(rounds(3, 100)):
+        for client in range(rounds(2, 100)):
             self.limited(100, self.folder() / f"{client}.db" if spool else None)
 
     def test_a_time_limit_of_any_kind_of_handler_comes_through(self):
@@ -5218,7 +5224,7 @@ class StormTest(TestCase):
             import tracemalloc
         except ImportError:
             self.skipTest("this Python cannot tell what its memory is used for")
-        answers = rounds(200, 36000)
+        answers = rounds(120, 36000)
         page, seen = json.dumps({"error": "x" * 65000}).encode(), threading.Semaphore(0)
 
         def gateway(method, url, body, headers, timeout):
@@ -5247,7 +5253,7 @@ class RecursionTest(TestCase):
         def deep(frames, work):
             return deep(frames - 1, work) if frames else work()
 
-        folder = str(self.folder())
+        folder = str(self.folder("/dev/shm" if os.path.isdir("/dev/shm") else None))
         with Trials.world():
             cases = itertools.product(("first log", "log", "flush"), (None, folder))
             for index, (operation, spool) in enumerate(cases):
@@ -10338,7 +10344,8 @@ class SandboxAgainstSdkTest(SandboxCase):
         ):  # fmt: skip
             with self.subTest(name), mock.patch.object(target, name, broken):
                 self.sandbox.reset()
-                self.assertTrue([*self.word_differences()])
+                with contextlib.closing(self.word_differences()) as differences:
+                    self.assertTrue(next(differences, None))
 
 
 # ---- Command line ---------------------------------------------------------
@@ -10804,9 +10811,9 @@ class CommandLineStreamTest(CommandLineCase):
 
     def test_a_refusal_stops_the_stream(self):
         self.sandbox.fail(None, status=401, body={"error": "invalid API key"}, path="/logs")
-        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 60000)
+        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 20000)
         self.assertRegex(err, r"stopped at line [\d,]+: HTTP 401: invalid API key")
-        self.assertLess(len(self.sandbox.requests), 60000 / 250)
+        self.assertLess(len(self.sandbox.requests), 20000 / 250)
 
     def test_a_full_queue_is_waited_for_and_given_up_after_a_cycle_of_retries(self):
         with unittest.mock.patch.object(chirrop, "_QUEUED_LINES", 0):
@@ -11151,9 +11158,8 @@ class DemoTest(CommandLineCase):
             [*command, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.cwd
         )
         with mock.patch.dict(globals(), CLI=rounds(hasty, CLI)):
-            screen = CommandLineTerminalTest.terminal(
-                self, 40, "demo", process=True
-            )  # both at once
+            # Both at once.
+            screen = CommandLineTerminalTest.terminal(self, 40, "demo", process=True)
         self.assertIn(" waiting, retr", screen)
         self.assertIn("accepted 5,000 = delivered 4,999", screen)
         out, err = process.communicate(timeout=LONG)
