@@ -1581,7 +1581,7 @@ class SqliteSpool:
     def _claim(self) -> _SpoolFile:
         """Return the first file that nobody holds and in which nothing waits, made if need be."""
         others = (f"{self.path}.{number}" for number in range(2, _SPOOL_NAMES + 1))
-        for path in (self.path, *others):
+        for path in itertools.chain([self.path], others):
             try:
                 file = self._open(path, create=True)
             except _NoSpool:
