@@ -1060,20 +1060,21 @@ def _restore_config(fields: dict[str, Any]) -> Config:
 
 # ---- Buffers --------------------------------------------------------------
 # In: encoded logs, one at a time. Out: the oldest of them, as many as a batch may hold. Both kinds:
-#   put(data)            accept one log, from any thread at any moment, without the lock
+#   put(data)            accept one log, from any thread at any moment; the lock is not needed
 #   level()              a number that grows with each put, between two calls of fill
 #   size()               how many logs wait here
 #   fill(batch)          put the oldest of them into an empty batch
 #   settle(batch, error) a batch was delivered (error None) or dropped (error is its text)
 #   stays(batch)         tell whether a batch's logs outlive this client
-#   tend()               do what takes its time; without the lock; return seconds until more is due
+#   tend()               do what takes its time, not under the lock; return seconds until the next
+#   is_unknown()         tell whether more may wait than size() says
 #   is_open()            tell whether there is something to close
 #   leave()              prepare for the end; return how many logs stay for a later client
-#   close()              end; without the lock
+#   close()              end; not under the lock
 #   after_fork()         start empty in a child process
 # `batches()`, set by the outbox, returns the batches that are filled and not settled: what has been
 # read, and what may be removed, follows from them; `is_over()` tells whether all sending has ended.
-# `lock` is the one lock of a client. Nothing that it guards is half done when somebody else looks,
+# `lock` guards buffer and account. Nothing that it guards is half done when somebody else looks,
 # an interrupted caller's own signal handler included: each step is one call of C, or one
 # assignment, and the step that counts comes last.
 
@@ -1191,6 +1192,9 @@ class _Memory:
     def tend(self) -> float | None:
         return None
 
+    def is_unknown(self) -> bool:
+        return False
+
     def is_open(self) -> bool:
         return False
 
@@ -1224,7 +1228,6 @@ _SQL_INSERT = (
     "INSERT INTO logs (id, body) VALUES (1 + max(?, (SELECT ifnull(max(id), 0) FROM logs)), ?)"
 )
 _SQL_LAST = "SELECT ifnull(max(id), 0) FROM logs"
-_SQL_COUNT = "SELECT count(*) FROM logs WHERE id <= ? AND error IS NULL"
 _SQL_WAITING = "SELECT count(*) FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
 _SQL_READ = "SELECT id, body FROM logs WHERE id > ? AND error IS NULL ORDER BY id LIMIT ?"
 _SQL_DELIVERED = "DELETE FROM logs WHERE id BETWEEN ? AND ? AND error IS NULL"
@@ -1358,7 +1361,7 @@ class _SpoolFile:
 
     def size(self, batches: Sequence[_Batch]) -> int:
         if self.count is None:
-            return 0
+            return self.known
         row, number = self.read(batches)
         last = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, row)
         self.known = max(0, self.count + last - self.last - number)
@@ -1370,6 +1373,8 @@ class _SpoolFile:
 
     def move(self, logs: deque[bytes]) -> None:
         """Take the oldest of these logs; once, though an exception may strike between two steps."""
+        if not logs:
+            return
         data = logs[0]
         row = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, self.settled[0])
         if self.moving[0] is not data or row < self.moving[1]:
@@ -1393,8 +1398,7 @@ class _SpoolFile:
 
     def is_grown(self) -> bool:
         """Tell whether much has been written since the last checkpoint."""
-        conn = self.conn  # another thread may take it away
-        return conn is not None and conn.total_changes - self.changes >= _TEND_ROWS
+        return bool(self.conn.total_changes - self.changes >= _TEND_ROWS)
 
     def work_off(self) -> None:
         """Remove settled rows, or make them dead letters; what fails is done the next time."""
@@ -1426,8 +1430,8 @@ class SqliteSpool:
     client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
     as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
-    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds
-    and in which nothing waits, so any number of processes may share a path on a local disk, and
+    Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
+    so any number of processes may share a path on a local disk, and
     none waits for another. What a dead process or a closed client left is sent by the next that
     opens the path or runs out of work.
 
@@ -1480,14 +1484,15 @@ class SqliteSpool:
         self._reset()
 
     def _reset(self) -> None:
-        self.lock = threading.RLock()  # guards all below, but for what tend() does to a file first
+        self.lock = threading.RLock()  # guards all below; slow reads need a connection, not it
         self.tending = threading.RLock()  # held by the one thread that tends
         self._own: _SpoolFile | None = None
         self._orphans: tuple[_SpoolFile, ...] = ()
         self._inbox: deque[bytes] = deque()  # logs that no file could take
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
-        self._settled_at, self._looked_at = 0.0, -math.inf  # last batch, last look for orphans
+        self._settled_at = 0.0  # when a batch was settled last
+        self._looked_at = -math.inf  # when orphans were looked for last
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self.found = 0  # logs that were taken over, and go before others: flushes allow for them
         self.lost = 0  # logs in damaged files, to be accounted for
@@ -1579,7 +1584,7 @@ class SqliteSpool:
     # Opening.
 
     def _claim(self) -> _SpoolFile:
-        """Return the first file that nobody holds and in which nothing waits, made if need be."""
+        """Return the first file that nobody holds, made if need be."""
         others = (f"{self.path}.{number}" for number in range(2, _SPOOL_NAMES + 1))
         for path in itertools.chain([self.path], others):
             try:
@@ -1702,18 +1707,24 @@ class SqliteSpool:
     def _is_damage(self, exc: BaseException) -> bool:
         """Tell damage from a matter of the disk or of locks."""
         sqlite3, text = self._sqlite3, str(exc)
-        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):
+        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):  # the latter: it was closed
             return False
         if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
-    @_guarded
     def _give_up(self, file: _SpoolFile) -> None:
+        """Close a file; first nobody may find it any more, for its last commit takes its time."""
         try:
-            file.close(removable=file.path != self.path)
-        except (OSError, AttributeError, self._sqlite3.Error):
-            pass  # it is damaged, or was closed before
+            self._forget(file)
+        finally:
+            try:
+                file.close(removable=file.path != self.path)
+            except (OSError, AttributeError, self._sqlite3.Error):
+                pass  # it is damaged, or was closed before
+
+    @_guarded
+    def _forget(self, file: _SpoolFile) -> None:
         if file is self._own:
             self._own = None
         self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
@@ -1744,6 +1755,10 @@ class SqliteSpool:
         """Return how many logs have been put."""
         return self._puts
 
+    def is_unknown(self) -> bool:
+        """Tell whether there are rows that could not be counted."""
+        return any(file.count is None for file in self._files())
+
     def is_open(self) -> bool:
         """Tell whether a file is held."""
         return bool(self._files())
@@ -1773,7 +1788,7 @@ class SqliteSpool:
         for file in self._files():
             self._attempt(file, file.size, batches)
         # Where it could not look, what it knew: no flush may take them for sent.
-        return sum(file.known for file in self._files() if file.count is not None)
+        return sum(file.known for file in self._files())
 
     def fill(self, batch: _Batch, limit: int = MAX_BATCH) -> None:
         """Put the oldest logs into an empty batch; in a file they stay until it is settled."""
@@ -1813,7 +1828,7 @@ class SqliteSpool:
         """Store what can be stored, and return how many logs the next client on this path finds."""
         file = self._usable()
         if file is not None:
-            self._attempt(file, self._store_inbox, file)
+            self._store_inbox(file)
         for held in self._files():
             self._attempt(held, held.work_off)
         return self._rows() + sum(len(b.items) for b in self.batches() if self.stays(b))
@@ -1837,19 +1852,19 @@ class SqliteSpool:
     def _tend(self) -> float | None:
         file: _SpoolFile | None = self._usable()
         if file is not None and time.monotonic() >= self._retry_at:
-            _exclusively(self.lock, self._attempt, file, self._store_inbox, file)
+            self._store_inbox(file)
         wait = self._look_around()
         for held in self._files():
             if held.count is None:
                 self._attempt(held, self._count, held)
             if held.undone:
                 _exclusively(self.lock, self._attempt, held, held.work_off)
+            if any(self._attempt(held, held.is_grown)):
+                self._attempt(held, self._aside, held, "PRAGMA wal_checkpoint(PASSIVE)")
+                _exclusively(self.lock, self._attempt, held, self._finish_checkpoint, held)
         for orphan in self._orphans:
             self._attempt(orphan, self._shrink, orphan)
             self._let_go(orphan)
-        if file is not None and file.is_grown():
-            self._attempt(file, self._aside, file, "PRAGMA wal_checkpoint(PASSIVE)")
-            _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
         return wait
 
     def _look_around(self) -> float | None:
@@ -1865,11 +1880,12 @@ class SqliteSpool:
         return None
 
     def _store_inbox(self, file: _SpoolFile) -> None:
-        while self._inbox:
-            file.move(self._inbox)
+        for _ in range(len(self._inbox)):
+            if not _exclusively(self.lock, self._attempt, file, file.move, self._inbox):
+                return
 
     def _count(self, file: _SpoolFile) -> None:
-        ((count,),) = self._aside(file, _SQL_COUNT, file.last)
+        ((count,),) = self._aside(file, _SQL_WAITING, 1, file.last)
         self._found(file, count)
 
     @_guarded
@@ -1886,28 +1902,32 @@ class SqliteSpool:
                 return
             try:
                 file = self._open(path, create=False)
+                if file is not None:
+                    self._keep(file)
             except (*self._failures, _NoSpool) as exc:
                 if _is_from_handler(exc):
-                    raise
-                continue  # it is no spool, or cannot be used now
-            if file is not None:
-                self._keep(file)
+                    raise  # else it is no spool, or cannot be used now
 
-    @_guarded
     def _keep(self, orphan: _SpoolFile) -> None:
+        if orphan.conn.execute(_SQL_READ, (0, 1)).fetchall():
+            _exclusively(self.lock, self._enlist, orphan)
+        else:
+            orphan.close(removable=orphan.path != self.path)
+
+    def _enlist(self, orphan: _SpoolFile) -> None:
         self._orphans += (orphan,)
 
-    @_guarded
     def _let_go(self, orphan: _SpoolFile) -> None:
         """Give up an orphan whose logs have all been settled."""
-        batches = self.batches()
-        if any(batch.place[0] is orphan for batch in batches) or orphan.undone:
-            return
-        if orphan.count is None:
-            return
-        if self._attempt(orphan, orphan.size, batches) == (0,):
+        if _exclusively(self.lock, self._is_done, orphan):
             self._give_up(orphan)
             self._looked_at = -math.inf  # there may be more
+
+    def _is_done(self, orphan: _SpoolFile) -> bool:
+        batches = self.batches()
+        if any(batch.place[0] is orphan for batch in batches) or orphan.undone:
+            return False
+        return orphan.count is not None and self._attempt(orphan, orphan.size, batches) == (0,)
 
     def _shrink(self, file: _SpoolFile) -> None:
         """Give the disk back what a drained file has taken, if it is the one that stays."""
@@ -1946,7 +1966,7 @@ def _decoded(body: bytes) -> dict[str, Any]:
 
 
 # ---- Retry policy ---------------------------------------------------------
-# Pure functions of an answer: what to do next, and how long to wait before it.
+# No state: what an answer means, how long to wait before the next attempt, which error to show.
 
 _DELIVERED, _RETRY, _HOLD, _REFUSED = "delivered", "retry", "hold", "refused"
 _SPLIT, _HALVE = "split", "halve"
@@ -2192,6 +2212,7 @@ if TYPE_CHECKING:
         stopped: bool = False
         clean: bool = False
         left: int = 0
+        counted: object = None
 
 else:
     _Account = namedtuple(
@@ -2206,7 +2227,7 @@ else:
             "delivered",
             "dropped",  # reason -> logs
             "untold",  # drops that on_drop has not heard of
-            "unsaid",  # reason -> (logs, first message) that no log record has told of
+            "unsaid",  # reason -> (logs that records have told of, the first message since then)
             "retries",
             "failures",  # in a row, over all batches; concurrent ones count once
             "resume_at",  # end of the backoff
@@ -2215,8 +2236,9 @@ else:
             "stopped",  # sends no more
             "clean",  # all was delivered when it stopped
             "left",  # logs that stayed in the spool when it stopped
+            "counted",  # the last refusal that is in the account
         ),
-        defaults=((), 0, 0, {}, (), {}, 0, 0, 0.0, 1, None, False, False, 0),
+        defaults=((), 0, 0, {}, (), {}, 0, 0, 0.0, 1, None, False, False, 0, None),
     )
 
 
@@ -2246,14 +2268,14 @@ def _dropped(
     state: _State, reason: str, count: int, items: list[bytes] | None, error: ChirrOpError
 ) -> _State:
     """Return the state after a drop: counted, and to be reported; items: what on_drop is to get."""
-    said, text = state.unsaid.get(reason, (0, str(error)))
+    unsaid = state.unsaid.get(reason, (state.dropped.get(reason, 0), str(error)))
     untold = state.untold
     if items is not None:
         untold = (*untold, _Drop(items, error))
     return state._replace(
         dropped={**state.dropped, reason: state.dropped.get(reason, 0) + count},
         untold=untold[:MAX_UNTOLD],
-        unsaid={**state.unsaid, reason: (said + count, text)},
+        unsaid={**state.unsaid, reason: unsaid},
         last_error=error,
     )
 
@@ -2262,7 +2284,8 @@ class _Flush:
     """A caller that waits for every log before `mark`."""
 
     def __init__(self, mark: int, retries: int) -> None:
-        self.mark, self.retries = mark, retries  # retries: how many there had been when it began
+        self.mark = mark  # in the order in which logs leave the buffer
+        self.retries = retries  # how many there had been when it began
         self.clean = True
 
 
@@ -2279,7 +2302,8 @@ class _Outbox:
     def _start(self) -> None:
         self.state = _State()
         self.closed = False  # takes no more logs; not in the state, so that any code may set it
-        self.late: deque[bytes] = deque()  # logged all the same, and to be dropped
+        # What was dropped before it was queued, and is not counted yet: reason, logs, error.
+        self.refusals: deque[tuple[str, list[bytes] | None, ChirrOpError]] = deque()
         self.flushes: list[_Flush] = []
         self._since: float | None = None  # when the oldest waiting log was first seen
 
@@ -2316,10 +2340,25 @@ class _Outbox:
         """Account for logs that send_logs has delivered."""
         self._set(delivered=self.state.delivered + count)
 
-    @_guarded
     def refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued."""
-        self.state = _dropped(self.state, reason, 1, self._for_on_drop(items), error)
+        self.refusals.append((reason, self._for_on_drop(items), error))
+        self.count_refusals()
+
+    def count_refusals(self) -> None:
+        """Take them into the account; nothing where this interrupts a change of it: later, then."""
+        if self.refusals and not self.lock._is_owned():
+            self._count_refusals()
+
+    @_guarded
+    def _count_refusals(self) -> None:
+        while self.refusals:
+            refusal = self.refusals[0]
+            reason, items, error = refusal
+            if refusal is not self.state.counted:  # else interrupted before it was taken out
+                state = self.state._replace(counted=refusal)
+                self.state = _dropped(state, reason, 1, items, error)
+            self.refusals.popleft()
 
     def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
         """Return the logs that on_drop is to get; None for those that it has logged itself."""
@@ -2336,17 +2375,22 @@ class _Outbox:
     def due_in(self, now: float) -> float | None:
         """Return seconds until take() will have a batch; None: not before something happens."""
         state = self.state
-        flying = sum(1 for batch in state.batches if batch.holder)
-        if state.stopped or flying >= state.width:
+        if self._is_busy():
             return None
         waiting = [batch for batch in state.batches if batch.items and not batch.holder]
         moments = [batch.not_before for batch in waiting]
         size = self.buffer.size()
+        self._count_lost()  # by looking there
         if size and len(waiting) < MAX_WAITING:
             moments.append(self._departure(size, now))
         if not moments:
             return None
         return max(0.0, max(min(moments), state.resume_at) - now)
+
+    def _is_busy(self) -> bool:
+        """Tell whether no further request may be made now."""
+        flying = sum(1 for batch in self.state.batches if batch.holder)
+        return self.state.stopped or flying >= self.state.width
 
     def _departure(self, size: int, now: float) -> float:
         """Return when the logs that wait in the buffer are to be sent."""
@@ -2361,10 +2405,9 @@ class _Outbox:
     @_guarded
     def wake_level(self, now: float) -> float:
         """Return the level of the buffer from which on put() should wake a sender that waits."""
-        size, state = self.buffer.size(), self.state
-        flying = sum(1 for batch in state.batches if batch.holder)
+        size = self.buffer.size()
         more = self._config.batch_size - size if size else 1
-        if state.stopped or flying >= state.width or now < state.resume_at:
+        if self._is_busy() or (size and now < self.state.resume_at):
             more = _TEND_ROWS  # nothing could be sent; but the buffer may need tending
         return float(self.buffer.level() + max(1, more))
 
@@ -2389,7 +2432,7 @@ class _Outbox:
         return batch
 
     def _fill(self, now: float) -> _Batch | None:
-        """Return a batch of the buffer's oldest logs, which was ours before it got them."""
+        """Return a batch of the buffer's oldest logs, which is in the state before it gets them."""
         self._allow_for_found()
         others = tuple(batch for batch in self.state.batches if batch.items)
         self._set(batches=others)
@@ -2512,13 +2555,14 @@ class _Outbox:
     def begin_flush(self, now: float) -> _Flush:
         """Return a flush of what is held now; a backoff in progress ends."""
         self._allow_for_found()
-        state = self.state
-        flush = _Flush(self._taken() + self.buffer.size(), state.retries)
-        for batch in state.batches:
+        flush = _Flush(self._taken() + self.buffer.size(), self.state.retries)
+        flush.clean = not self.buffer.is_unknown()
+        for batch in self.state.batches:
             batch.not_before = 0.0
             batch.exhausted = False
-        self._set(resume_at=min(state.resume_at, now))
+        self._set(resume_at=min(self.state.resume_at, now))
         self.flushes.append(flush)
+        self._count_lost()
         return flush
 
     def _allow_for_found(self) -> None:
@@ -2554,7 +2598,11 @@ class _Outbox:
         """
         self._stop(clean)
         self.buffer.close()
-        self._sweep("not sent before close")
+        why = "not sent before close"
+        if self.state.last_error is not None:
+            why += f"; the last failure: {self.state.last_error}"
+        self._sweep(why)
+        self.count_refusals()
 
     @_guarded
     def _stop(self, clean: bool) -> None:
@@ -2573,7 +2621,7 @@ class _Outbox:
             )
 
     def sweep(self) -> None:
-        """Drop what was logged after close, unless this interrupts somebody who does it."""
+        """Drop what was logged while it stopped, unless this thread holds the lock already."""
         if not self.lock._is_owned():
             self._sweep("logged after close")
 
@@ -2581,19 +2629,22 @@ class _Outbox:
     def _sweep(self, why: str) -> None:
         last = _Batch(self._taken())
         self._set(batches=(*self.state.batches, last))
-        if self.state.stopped:
-            self.buffer.fill(last, sys.maxsize)
-        _move(self.late, last, sys.maxsize)
+        self.buffer.fill(last, sys.maxsize)
         for batch in self.state.batches:
-            if batch.items and (batch is last or self.state.stopped):
+            if batch.items:
                 self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
-        self._set(batches=tuple(batch for batch in self.state.batches if batch.items))
+        self._set(batches=())
         self._count_lost()
 
     # The account.
 
-    @_guarded
     def stats(self) -> Stats:
+        self.count_refusals()
+        stats: Stats = self._stats()
+        return stats
+
+    @_guarded
+    def _stats(self) -> Stats:
         state = self.state
         flying = sum(len(batch.items) for batch in state.batches if batch.holder)
         queued = state.left + self.held() - flying  # what stays in the spool is no longer held
@@ -2614,11 +2665,13 @@ class _Outbox:
 
     @_guarded
     def said(self, reason: str, count: int) -> None:
-        """A log record has told of so many drops."""
+        """Log records have told of so many drops, from the first one on."""
         unsaid = dict(self.state.unsaid)
-        total, text = unsaid.pop(reason, (0, ""))
-        if total > count:
-            unsaid[reason] = (total - count, text)
+        if reason not in unsaid:
+            return  # two threads have written
+        before, text = unsaid.pop(reason)
+        if count < self.state.dropped[reason]:
+            unsaid[reason] = (max(before, count), text)
         self._set(unsaid=unsaid)
 
 
@@ -2768,13 +2821,13 @@ class _Reporter:
             if self._failing:
                 self._failing = False
                 self._notes.append((_INFO, "logs are accepted again"))
-        elif verdict in (_SPLIT, _HALVE):
-            pass  # it goes on, or is dropped, which is told as such
-        elif held := self._outbox.held():
-            text = f"logs are held, retrying; {held:,} wait: {error}"
-            self._failing |= self.note("state", _WARNING, text)
-        elif verdict == _REFUSED:
-            self._failing |= self.note("state", _WARNING, f"logs are refused: {error}")
+        elif verdict in (_RETRY, _HOLD, _REFUSED):
+            held = self._outbox.held()
+            if held:
+                text = f"logs are held, retrying; {held:,} wait: {error}"
+                self._failing |= self.note("state", _WARNING, text)
+            elif verdict == _REFUSED:
+                self._failing |= self.note("state", _WARNING, f"logs are refused: {error}")
 
     def due(self) -> bool:
         """Tell whether there is something to tell."""
@@ -2839,15 +2892,15 @@ class _Reporter:
 
     def write(self, final: bool = False) -> None:
         """Hand notes and drops, added up, to the logger; nothing inside one of its handlers."""
-        unsaid = self._outbox.state.unsaid
-        if (not self._notes and not unsaid) or _is_inside(_Reporter._write.__code__):
+        state = self._outbox.state
+        if (not self._notes and not state.unsaid) or _is_inside(_Reporter._write.__code__):
             return
         if final or time.monotonic() >= self._next.get("drops", 0.0):
-            self._write(unsaid)
+            self._write(state)
         else:
-            self._write({})
+            self._write(_State())
 
-    def _write(self, unsaid: dict[str, tuple[int, str]]) -> None:
+    def _write(self, state: _State) -> None:
         import logging
 
         logger = logging.getLogger("chirrop")
@@ -2856,9 +2909,10 @@ class _Reporter:
         try:
             for _ in range(len(self._notes)):
                 logger.log(*self._notes.popleft())
-            for reason, (count, text) in unsaid.items():
+            for reason, (before, text) in state.unsaid.items():
                 self._next["drops"] = time.monotonic() + REPORT_SECONDS
-                logger.error("dropped %d logs (%s): %s", count, reason, text)
+                count = state.dropped[reason]
+                logger.error("dropped %d logs (%s): %s", count - before, reason, text)
                 self._outbox.said(reason, count)
         except IndexError:  # a race for the last note
             pass
@@ -2904,7 +2958,8 @@ class _Sender:
         """Accept one log, and wake a sender if it is the first of a batch, or makes one full."""
         outbox, buffer = self.outbox, self.outbox.buffer
         if outbox.closed:
-            return self._put_late(data)
+            self._put_late(data)
+            return
         if self._config.queue_size:
             self._put_bounded(data)
         else:
@@ -2913,16 +2968,10 @@ class _Sender:
             self.wake()
         if outbox.state.stopped:  # since the check above: the last sweep may have missed this log
             outbox.sweep()
-        return None
 
     def _put_late(self, data: bytes) -> None:
         self.report.note("late", _WARNING, "logged after close: this and further logs are dropped")
-        if self.outbox.is_telling():  # else on_drop would hear of what it logs itself
-            return self.refuse("closed", data, ChirrOpError("logged after close"))
-        self.outbox.late.append(data)
-        self.outbox.sweep()
-        self._announce()
-        return None
+        self.refuse("closed", data, ChirrOpError("logged after close"))
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
@@ -3085,8 +3134,7 @@ class _Sender:
                     return ready()
                 self._help(caller[1], left)
         finally:
-            while caller in self._callers:
-                _discard(self._callers, caller)
+            _discard(self._callers, caller)
 
     def _help(self, bell: _Bell, left: float) -> None:
         """Wait for the senders; where there are none, and can be none, do a piece of their work."""
@@ -3110,9 +3158,12 @@ class _Sender:
     def pause(self, seconds: float) -> bool:
         """Wait in a caller's thread; True, and at once, when the client is being closed."""
         caller = (lambda: self.outbox.closed), _Bell()
+        deadline = self._clock() + seconds
         self._callers.append(caller)
         try:
-            return self.outbox.closed or caller[1].wait(seconds)
+            while not self.outbox.closed and (left := deadline - self._clock()) > 0:
+                caller[1].wait(left)
+            return self.outbox.closed
         finally:
             _discard(self._callers, caller)
 
@@ -3168,7 +3219,7 @@ class _Sender:
         self.report.write(final=True)
 
     def hurry(self, deadline: float) -> None:
-        """Take no more logs, and send what is held without waiting."""
+        """Take no more logs, end backoffs and delays, and wake a sender."""
         self.outbox.closed = True
         self.outbox.end_flush(self.outbox.begin_flush(self._clock()))
         self.wake()

@@ -1602,7 +1602,7 @@ class Simulation:
         """Lose the process: everything in memory goes, the kernel closes its files and locks."""
         spool = self.outbox.buffer
         batches = [batch.items for batch in self.outbox.state.batches if not spool.stays(batch)]
-        for body in itertools.chain(spool._inbox, self.outbox.late, *batches):
+        for body in itertools.chain(spool._inbox, *batches):
             self.forgotten.add(json.loads(body)["log_id"])
         for file in spool._files():
             if file.conn is not None:
@@ -6471,7 +6471,11 @@ class FlushTest(SocketTestCase):
         )
         self.assertFalse(client.close(timeout=0.1))
         self.assertEqual(
-            (client.stats().dropped, drops), ({"closed": 1}, ["not sent before close"])
+            (client.stats().dropped, drops),
+            (
+                {"closed": 1},
+                ["not sent before close; the last failure: HTTP 429: too many requests"],
+            ),
         )
 
     def test_close_ends_the_wait_of_send_logs_and_of_control_plane_calls(self):
