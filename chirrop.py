@@ -1891,6 +1891,7 @@ class SqliteSpool:
     @_guarded
     def _found(self, file: _SpoolFile, count: int) -> None:
         self.found += count
+        file.known += count
         file.count = count
 
     def _take_over(self) -> None:
