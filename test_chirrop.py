@@ -1341,6 +1341,64 @@ class OutboxTest(TestCase):
         thread.join(LONG)
         self.assertFalse(thread.is_alive())
 
+    def test_logs_dropped_late_do_not_end_a_flush_that_goes_on(self):
+        outbox = self.outbox()
+        self.fill(outbox, 1000)
+        outbox.closed = True
+        flush = outbox.begin_flush(0.0)
+        for _ in range(1000):
+            outbox.refuse("closed", [b"{}"], ChirrOpError("late"))
+        for _ in range(4):
+            self.assertIsNone(outbox.outcome(flush))
+            self.answer(outbox, self.take(outbox), 200)
+        self.assertTrue(outbox.outcome(flush))
+        self.assertEqual(outbox.stats().dropped, {"closed": 1000})
+
+    def test_a_refusal_that_interrupts_a_change_of_the_account_is_counted_later(self):
+        outbox = self.outbox()
+        refuse = functools.partial(outbox.refuse, "invalid", [b"{}"], ChirrOpError("bad"))
+
+        def interrupted():
+            state = outbox.state  # as read by the one who is interrupted
+            refuse()
+            outbox.state = state._replace(delivered=1)
+
+        chirrop._exclusively(outbox.lock, interrupted)
+        self.assertEqual(outbox.stats().accepted, 2)
+        self.assertEqual(outbox.stats().dropped, {"invalid": 1})
+
+    def test_the_first_log_after_a_dropped_batch_wakes_a_sender(self):
+        outbox = self.outbox(on_exhausted="drop", flush_delay=0)
+        self.fill(outbox, 1)
+        self.answer(outbox, self.take(outbox, 1.0), 503, 1.0)
+        self.assertGreater(outbox.state.resume_at, 1.0)
+        self.assertEqual(outbox.wake_level(1.0), outbox.buffer.level() + 1)
+
+    def test_damage_that_a_flush_finds_makes_it_false(self):
+        outbox = self.outbox()
+        size = outbox.buffer.size
+
+        def size_of_a_damaged_file():
+            outbox.buffer.lost, outbox.buffer.size = 5, size
+            return 0
+
+        outbox.buffer.size = size_of_a_damaged_file
+        self.assertIs(outbox.outcome(outbox.begin_flush(0.0)), False)
+        self.assertEqual(outbox.stats().dropped, {"damaged": 5})
+
+    def test_drops_are_told_in_records_once_whoever_writes(self):
+        outbox = self.outbox()
+        for _ in range(5):
+            outbox.refuse("invalid", [b"{}"], ChirrOpError("bad"))
+        outbox.said("invalid", 5)
+        for _ in range(3):
+            outbox.refuse("invalid", [b"{}"], ChirrOpError("worse"))
+        outbox.said("invalid", 5)  # by another thread, which had looked before
+        self.assertEqual(outbox.state.unsaid, {"invalid": (5, "worse")})
+        outbox.said("invalid", 8)
+        outbox.said("invalid", 8)
+        self.assertEqual(outbox.state.unsaid, {})
+
     def test_a_bounded_queue_counts_what_is_in_flight(self):
         outbox = self.outbox(queue_size=300)
         self.fill(outbox, 300)
@@ -2220,6 +2278,31 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(ids(client._link._transport.logs()), accepted)
         client.log(Log("room again", 1))
         self.assertLessEqual(path.stat().st_size, 64 * 1024)
+
+    def test_a_flush_is_false_while_left_overs_cannot_be_counted(self):
+        path, left = self.make_spool(3)
+        transport = FakeTransport()
+        client = self.client(spool=path, transport=transport, flush_delay=0)
+        spool = client._outbox.buffer
+        aside, spool._aside = spool._aside, mock.Mock(side_effect=sqlite3.OperationalError("busy"))
+        self.assertFalse(client.flush(0.2))
+        spool._aside = aside
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(ids(transport.logs()), left)
+
+    def test_files_with_dead_letters_only_are_not_held(self):
+        path = self.spool()
+        for number in range(2, 12):
+            self.make_spool(1, f"{path}.{number}")
+            with contextlib.closing(sqlite3.connect(f"{path}.{number}")) as conn, conn:
+                conn.execute("UPDATE logs SET error = 'bad'")
+        _, left = self.make_spool(2, f"{path}.12")
+        transport = FakeTransport()
+        client = self.client(spool=path, transport=transport)
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual(ids(transport.logs()), left)
+        self.assertTrue(client.close(LONG))
+        self.assertEqual(len(SqliteSpool(path).dead_letters()), 10)
 
     def test_a_log_put_while_close_ends_is_reported_not_orphaned(self):
         path = self.spool()
