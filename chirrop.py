@@ -2249,7 +2249,8 @@ class Stats(_Account):
     Always accepted == delivered + sum(dropped.values()) + queued + in_flight.
 
     Attributes:
-        accepted: taken by log() or delivered by send_logs(), and left-overs taken from a spool.
+        accepted: taken by log(), delivered by send_logs() or dropped by try_log(); and left-overs
+            of a spool, once they have been counted.
         delivered: the server has them.
         dropped: reason to count: "rejected" (400, 413, 422, alone), "undecided" (in a batch so bad
             that the search for the bad ones was given up), "refused" (401, 403, 404, 3xx and other
@@ -2284,9 +2285,9 @@ def _dropped(
 class _Flush:
     """A caller that waits for every log before `mark`."""
 
-    def __init__(self, mark: int, retries: int) -> None:
-        self.mark = mark  # in the order in which logs leave the buffer
-        self.retries = retries  # how many there had been when it began
+    def __init__(self) -> None:
+        self.mark = 0  # in the order in which logs leave the buffer
+        self.retries = 0  # how many there had been when it began
         self.clean = True
 
 
@@ -2553,10 +2554,11 @@ class _Outbox:
     # Flush and close.
 
     @_guarded
-    def begin_flush(self, now: float) -> _Flush:
-        """Return a flush of what is held now; a backoff in progress ends."""
+    def begin_flush(self, now: float, flush: _Flush | None = None) -> _Flush:
+        """Return a flush, or begin this one, of what is held now; a backoff in progress ends."""
+        flush = flush or _Flush()
         self._allow_for_found()
-        flush = _Flush(self._taken() + self.buffer.size(), self.state.retries)
+        flush.mark, flush.retries = self._taken() + self.buffer.size(), self.state.retries
         flush.clean = not self.buffer.is_unknown()
         for batch in self.state.batches:
             batch.not_before = 0.0
@@ -3177,8 +3179,9 @@ class _Sender:
         if _is_inside(_Sender._run.__code__, _Sender._deliver.__code__, _Reporter.tell.__code__):
             return not self.outbox.held()  # this thread would wait for itself
         self.outbox.buffer.tend()
-        flush = self.outbox.begin_flush(self._clock())
+        flush = _Flush()
         try:
+            self.outbox.begin_flush(self._clock(), flush)
             self._ring()
             self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
             done = bool(self.outbox.outcome(flush))
@@ -4059,8 +4062,8 @@ class Client:
                 after = self.stats()
                 if after.queued or after.in_flight:
                     limit = self.config.exit_timeout
-                    left_over = before.queued or before.in_flight
-                    if left_over and before.last_error and before.delivered == after.delivered:
+                    stuck = before.in_flight or (before.queued and before.last_error)
+                    if stuck and before.delivered == after.delivered:
                         limit /= 10
                     self.flush(max(0.0, min(limit, _seconds_left(context) - 0.2)))
 
@@ -5385,7 +5388,7 @@ def _serve_sandbox(sandbox: Sandbox, port: int = 0, host: str = "127.0.0.1") -> 
             body = _sandbox_body(self.headers, self.rfile)
             if self.command == "OPTIONS":
                 return 200, b"", {"Allow": "GET, HEAD, OPTIONS, POST, PUT"}
-            if self.path in ("/", "/health"):
+            if self.path in ("/", "/health") and self.command in ("GET", "HEAD"):
                 return _sandbox_answer(200, {"status": "ok"})
             url = "http://127.0.0.1/" + self.path.lstrip("/")
             return sandbox(self.command, url, body, dict(self.headers), math.inf)

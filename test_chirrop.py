@@ -8067,6 +8067,15 @@ class LambdaTest(TestCase):
         )
         self.assertEqual(client.stats().delivered, 6)
 
+    def test_a_server_that_hangs_costs_exit_timeout_then_a_tenth(self):
+        answer = threading.Event()
+        client = self.client(
+            transport=lambda *_: (200, b"", {}) if answer.wait(LONG) else None, exit_timeout=0.4
+        )
+        self.addCleanup(answer.set)
+        work = functools.partial(client.log, Log("a", 1))
+        self.assertEqual(self.bounds(client, (work, None), (work, None)), [0.4, 0.04])
+
     def test_logs_made_before_the_first_invocation_do_not_shorten_its_flush(self):
         client = self.client(flush_delay=86400, exit_timeout=4.0)
         client.log(Log("cold.start", 1))
