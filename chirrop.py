@@ -935,8 +935,9 @@ class Config:
         ssl_context: ssl.SSLContext for a private CA or a client certificate; None is the system's.
         spool: a SqliteSpool, or the path of one, that keeps logs on disk until they are delivered.
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, on a thread of its
-            own (where none can be had, in flush and close); it may log, flush and close, and what
-            it raises is caught and logged. After an interruption it may hear of logs once more.
+            own (where none can be had, as at exit, in that of whoever has dropped them or waits);
+            it may log, flush and close, and what it raises is caught and logged. After an
+            interruption it may hear of logs once more.
         disabled: True checks logs, then discards them: no key, no thread, no network; None is what
             CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
 
@@ -1341,8 +1342,8 @@ def _check_header(path: str) -> bool:
 class _SpoolFile:
     """A file of a spool that this process holds: lock, connection, how far it has been read."""
 
-    def __init__(self, path: str, lock: Any, conn: Any) -> None:
-        self.path, self.lock, self.conn = path, lock, conn
+    def __init__(self, path: str, lock_file: Any, conn: Any) -> None:
+        self.path, self.lock_file, self.conn = path, lock_file, conn
         self.last: int = conn.execute(_SQL_LAST).fetchall()[0][0]  # row when it was opened
         # Rows that waited then; None: not counted yet, which takes its time where there are many.
         self.count: int | None = None
@@ -1413,14 +1414,14 @@ class _SpoolFile:
             empty = removable and not conn.execute(_SQL_LAST).fetchall()[0][0]
             conn.close()
             # Its lock has the same name still: nobody has removed it and made another.
-            lock = os.lstat(self.lock.name)
-            empty = empty and os.path.samestat(os.fstat(self.lock.fileno()), lock)
+            lock = os.lstat(self.lock_file.name)
+            empty = empty and os.path.samestat(os.fstat(self.lock_file.fileno()), lock)
             for suffix in ("", "-wal", "-shm"):
                 if empty and os.path.lexists(self.path + suffix):
                     os.unlink(self.path + suffix)
         finally:
             self.conn = None
-            _unlock_file(self.lock)
+            _unlock_file(self.lock_file)
 
 
 class SqliteSpool:
@@ -1952,8 +1953,8 @@ class SqliteSpool:
                 found = os.stat(file.path)
                 _inherited[found.st_dev, found.st_ino] = file.conn
             except OSError:
-                _inherited[-1, file.lock.fileno()] = file.conn
-            file.lock.close()  # the parent's own descriptor keeps the lock
+                _inherited[-1, file.lock_file.fileno()] = file.conn
+            file.lock_file.close()  # the parent's own descriptor keeps the lock
         self._reset()
 
 
@@ -2680,13 +2681,15 @@ class _Outbox:
 
 # ---- Reporter and sender --------------------------------------------------
 # In: batches from the outbox. Out: one request per batch, and word of what was dropped.
-#   a caller of log()          encodes and puts: no lock in memory, one commit with a spool; rings
+#   a caller of log()          puts what Log() has encoded: without a lock in memory (a bounded
+#                              queue takes the client's), with it and one commit with a spool; rings
 #                              the bell if its log is the first of a batch, or makes one full
-#   thread "chirrop-sender-N"  waits, in turn with the others, for the next batch and sends it;
-#                              holds no lock while a request is under way; runs no code of the
-#                              application but its transport, and imports nothing
+#   thread "chirrop-sender-N"  waits, in turn with the others (_lead), for the next batch and sends
+#                              it; holds no lock while a request is under way; of the application
+#                              it runs the transport
 #   thread "chirrop-reporter"  now and then: runs on_drop, and the logging module's handlers
-#   a caller of flush, close   waits; where no thread can be had it does the senders' work itself
+#   a caller of flush, close   waits, and has records written; where no thread can be had, at exit
+#                              above all, it does the work of both itself
 # Whether a thread is inside one of these is read from its stack: a flag could outlive an
 # interrupted call.
 
@@ -2937,7 +2940,7 @@ class _Sender:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(outbox, config)
         outbox.is_telling = lambda: _is_inside(_Reporter._call.__code__)
-        self.owner: Callable[[], object] = lambda: self  # the weak reference to the client
+        self.owner: Callable[[], object] = lambda: self  # a client puts a weak reference to it here
         self._start()
 
     def _start(self) -> None:
@@ -3206,7 +3209,7 @@ class _Sender:
         self._ring()  # for the leader; the others see that the outbox is stopped
         self._announce()
         self._hand_over(deadline)
-        # One that is idle ends at once; one in a request ends after it, and is not waited for long.
+        # One that is idle ends at once; one in a request, after it: that is waited for a second.
         self._threads.join(min(deadline, self._clock() + 1.0))
         self._link.close()
         _open_senders.discard(self)
@@ -4008,7 +4011,10 @@ class Client:
             self._outbox.count_delivered(len(items))
 
     def stats(self) -> Stats:
-        """Return the account of this client's logs at this moment; see Stats. Does not block."""
+        """Return the account of this client's logs at this moment; see Stats.
+
+        Blocks for a moment at most: with a spool, while its file is written to.
+        """
         return self._here().outbox.stats()
 
     def _here(self) -> _Sender:
