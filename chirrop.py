@@ -1714,18 +1714,12 @@ class SqliteSpool:
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
         return isinstance(exc, (sqlite3.DatabaseError, ValueError, OverflowError, TypeError))
 
-    def _give_up(self, file: _SpoolFile) -> None:
-        """Close a file; first nobody may find it any more, for its last commit takes its time."""
-        try:
-            self._forget(file)
-        finally:
-            try:
-                file.close(removable=file.path != self.path)
-            except (OSError, AttributeError, self._sqlite3.Error):
-                pass  # it is damaged, or was closed before
-
     @_guarded
-    def _forget(self, file: _SpoolFile) -> None:
+    def _give_up(self, file: _SpoolFile) -> None:
+        try:
+            file.close(removable=file.path != self.path)
+        except (OSError, AttributeError, self._sqlite3.Error):
+            pass  # it is damaged, or was closed before
         if file is self._own:
             self._own = None
         self._orphans = tuple(orphan for orphan in self._orphans if orphan is not file)
@@ -1922,6 +1916,8 @@ class SqliteSpool:
     def _let_go(self, orphan: _SpoolFile) -> None:
         """Give up an orphan whose logs have all been settled."""
         if _exclusively(self.lock, self._is_done, orphan):
+            # Else it is done under the lock, when the file is closed.
+            self._attempt(orphan, self._aside, orphan, "PRAGMA wal_checkpoint(PASSIVE)")
             self._give_up(orphan)
             self._looked_at = -math.inf  # there may be more
 
