@@ -4707,8 +4707,12 @@ class Trial:
             yield "does not flush after an outage"
         if threads and not self.waits and not wire.wait([self.log()]):
             yield "is deaf to a log"
-        more = [self.log() for _ in range(3)]  # a batch; with one before, the third may wait alone
-        if threads and not wire.wait(more[:2]):
+        waiting = set(self.returned) - set(wire.taken)
+        unsure = len(set(self.unsure) - set(wire.taken))
+        # A batch's worth; what is left over when batches of three have been made may wait.
+        surely = min(3 - (len(waiting) + n) % 3 for n in range(unsure + 1))
+        more = [self.log() for _ in range(3)]
+        if threads and not wire.wait(more[:surely]):
             yield "is deaf: does not send without a flush"
         if not client.flush(PATIENCE):
             yield "does not flush"
