@@ -2457,10 +2457,13 @@ class _Outbox:
     # Answers in.
 
     @_guarded
-    def settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> None:
-        """Account for the answer to a batch; the error is None if it was delivered."""
+    def settle(self, batch: _Batch, verdict: str, error: ChirrOpError | None, now: float) -> str:
+        """Account for the answer to a batch; the error is None if it was delivered.
+
+        Returns the verdict, or what it came to.
+        """
         if not any(batch is other for other in self.state.batches):
-            return  # close() has given it up meanwhile
+            return verdict  # close() has given it up meanwhile
         if verdict == _REFUSED and self._config.on_exhausted == "keep" and self.buffer.stays(batch):
             verdict = _HOLD  # a key can be renewed, and a quota ends with its month
         state = self._without(batch)
@@ -2475,6 +2478,7 @@ class _Outbox:
         else:
             self._split(state, batch, verdict, error)
         self._count_lost()
+        return verdict
 
     def _without(self, batch: _Batch) -> _State:
         others = tuple(other for other in self.state.batches if other is not batch)
@@ -2823,13 +2827,11 @@ class _Reporter:
             if self._failing:
                 self._failing = False
                 self._notes.append((_INFO, "logs are accepted again"))
-        elif verdict in (_RETRY, _HOLD, _REFUSED):
-            held = self._outbox.held()
-            if held:
-                text = f"logs are held, retrying; {held:,} wait: {error}"
-                self._failing |= self.note("state", _WARNING, text)
-            elif verdict == _REFUSED:
-                self._failing |= self.note("state", _WARNING, f"logs are refused: {error}")
+        elif verdict == _REFUSED:
+            self._failing |= self.note("state", _WARNING, f"logs are refused: {error}")
+        elif verdict in (_RETRY, _HOLD) and (held := self._outbox.held()):
+            text = f"logs are held, retrying; {held:,} wait: {error}"
+            self._failing |= self.note("state", _WARNING, text)
 
     def due(self) -> bool:
         """Tell whether there is something to tell."""
@@ -3101,8 +3103,8 @@ class _Sender:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
         error = None if verdict == _DELIVERED else answer.error()
-        self.outbox.settle(batch, verdict, error, self._clock())
-        self.report.answered(verdict, error)
+        outcome = self.outbox.settle(batch, verdict, error, self._clock())
+        self.report.answered(outcome, error)
         self._announce()
         if self.outbox.state.width > len(list(threads)) > 0:
             self._spawn()

@@ -10911,9 +10911,10 @@ class CommandLineStreamTest(CommandLineCase):
 
     def test_a_refusal_stops_the_stream(self):
         self.sandbox.fail(None, status=401, body={"error": "invalid API key"}, path="/logs")
-        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 20000)
+        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 60000)
+        self.assertIn("logs are refused: HTTP 401: invalid API key", err)
         self.assertRegex(err, r"stopped at line [\d,]+: HTTP 401: invalid API key")
-        self.assertLess(len(self.sandbox.requests), 20000 / 250)
+        self.assertLess(len(self.sandbox.requests), 60000 / 250)
 
     def test_a_full_queue_is_waited_for_and_given_up_after_a_cycle_of_retries(self):
         with unittest.mock.patch.object(chirrop, "_QUEUED_LINES", 0):
