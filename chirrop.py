@@ -1290,6 +1290,14 @@ def _unlock_file(file: Any) -> None:
     file.close()
 
 
+def _lstat(path: str) -> os.stat_result | None:
+    """Return what stands at a path; None where there is nothing, or not any more."""
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
 def _check_owner(path: str, found: os.stat_result) -> None:
     """Refuse what is no regular file, or belongs to another user, who could feed us logs."""
     if not stat.S_ISREG(found.st_mode):
@@ -1306,10 +1314,9 @@ def _check_neighbours(path: str) -> None:
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
         raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):
-        try:
-            _check_owner(path + suffix, os.lstat(path + suffix))
-        except FileNotFoundError:
-            pass  # most often there is none
+        found = _lstat(path + suffix)
+        if found is not None:
+            _check_owner(path + suffix, found)
 
 
 def _check_header(path: str) -> bool:
@@ -1544,8 +1551,11 @@ class SqliteSpool:
 
     def _dead_rows(self, path: str, remove: bool) -> list[tuple[bytes, str]]:
         _check_neighbours(path)
-        _check_owner(path, os.lstat(path))
-        if not os.path.getsize(path):
+        found = _lstat(path)
+        if found is None:  # its holder has just removed it
+            return []
+        _check_owner(path, found)
+        if not found.st_size:
             return []
         conn = self._connect(path, "rw" if remove else "ro")
         try:
@@ -1602,10 +1612,9 @@ class SqliteSpool:
         """Return a file that is ours alone from now on; None when somebody else holds it."""
         if not (self._is_there(path) or create):
             return None
-        if os.path.lexists(path):
-            found = os.lstat(path)
-            if (found.st_dev, found.st_ino) in _inherited:
-                return None
+        found = _lstat(path)
+        if found is not None and (found.st_dev, found.st_ino) in _inherited:
+            return None
         lock = _lock_file(path + "-lock")
         if lock is None:
             return None
@@ -1635,9 +1644,10 @@ class SqliteSpool:
     def _is_there(path: str) -> bool:
         """Tell whether there is a file that is not empty; refuse what could be used against us."""
         _check_neighbours(path)
-        if os.path.lexists(path):
-            _check_owner(path, os.lstat(path))
-            if os.path.getsize(path):
+        found = _lstat(path)
+        if found is not None:
+            _check_owner(path, found)
+            if found.st_size:
                 return True
         for suffix in ("-wal", "-shm"):
             if os.path.lexists(path + suffix):
@@ -1763,8 +1773,8 @@ class SqliteSpool:
         size, pages, free = (file.conn.execute(f"PRAGMA {name}").fetchall()[0][0] for name in names)
         until, others = self._others
         if time.monotonic() >= until:
-            paths = [path for path in self._paths() if path != file.path]
-            others = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+            found = [_lstat(path) for path in self._paths() if path != file.path]
+            others = sum(other.st_size for other in found if other is not None)
             self._others = (time.monotonic() + 1.0, others)
         # Four pages of reserve: one log may split pages up to the root.
         return bool((pages - free + 4) * size + others > self.max_bytes)
