@@ -561,13 +561,13 @@ class LogTest(TestCase):
             self.refused("log_id must be a UUID, got ", log_id=bad)
 
     def test_made_ids_do_not_repeat_and_have_random_bits_everywhere(self):
-        made = [Log("a", 1).log_id for _ in range(rounds(2000, 20000))]
+        made = [Log("a", 1).log_id for _ in range(rounds(1000, 20000))]
         self.assertEqual(len(set(made)), len(made))
         for place in set(range(36)) - {8, 13, 14, 18, 23}:
             self.assertEqual(len({i[place] for i in made}), 4 if place == 19 else 16, place)
 
     def test_threads_never_share_an_id(self):
-        made, count = [[] for _ in range(8)], rounds(500, 3000)
+        made, count = [[] for _ in range(8)], rounds(250, 3000)
         threads = [
             threading.Thread(target=lambda o=o: o.extend(Log("a", 1).log_id for _ in range(count)))
             for o in made
@@ -1330,7 +1330,7 @@ class OutboxTest(TestCase):
     def test_a_wait_that_is_over_before_it_begins_ends(self):
         # queue.SimpleQueue, before Python 3.13, hangs within some thousand of these.
         def wait():
-            for number in range(rounds(2_000, 20_000)):
+            for number in range(rounds(1_000, 20_000)):
                 bell = chirrop._Bell()
                 if number % 2:
                     bell.ring()
@@ -1787,7 +1787,7 @@ class SimulationTest(TestCase):
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
-        for seed in [int(one)] if one else range(rounds(60, 5000)):
+        for seed in [int(one)] if one else range(rounds(30, 5000)):
             where = path and f"{path}/{seed}"
             try:
                 Simulation(seed, where).run()
@@ -4195,7 +4195,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
                     on_drop=(lambda logs, error: 1 / 0) if raises else None,
                 )  # fmt: skip
                 entry = Log("x", 1)
-                for _ in range(rounds(10_000, 20_000 if raises else 100_000)):
+                for _ in range(rounds(5_000, 20_000 if raises else 100_000)):
                     client.log(entry)
                 client.close(LONG)
                 self.assertBalanced(client)
@@ -4945,7 +4945,7 @@ class InterruptTest(InterruptedCase):
         failed = 0
         with Trials.world():
             for index, (spool, server, threads, happenings) in enumerate(conditions):
-                if index % rounds(5, 1):
+                if index % rounds(7, 1):
                     continue
                 trials = Trials(operation, spool, server, threads)
                 faulthandler.dump_traceback_later(200 * PATIENCE, exit=True)
@@ -10224,7 +10224,7 @@ class SandboxTourTest(SandboxCase):
 class SandboxAgainstSdkTest(SandboxCase):
     """The sandbox's rules and the SDK's, which know nothing of each other, on the same input."""
 
-    LOGS = rounds(1_000, 40_000)
+    LOGS = rounds(500, 40_000)
     TEXTS = (
         "",
         " ",
@@ -11277,7 +11277,7 @@ class DemoTest(CommandLineCase):
         class Forgetful(chirrop.Sandbox):
             logs = property(lambda self: super().logs[1:])
 
-        some = list(chirrop._demo_logs())[:: rounds(10, 1)]
+        some = list(chirrop._demo_logs())[:: rounds(20, 1)]
         self.patch(chirrop, "_demo_logs", lambda: some)
         for sandbox, status in ((chirrop.Sandbox, 0), (Forgetful, 1)):
             with unittest.mock.patch.multiple(
