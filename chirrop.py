@@ -1310,7 +1310,10 @@ def _check_owner(path: str, found: os.stat_result) -> None:
 
 def _check_neighbours(path: str) -> None:
     """Refuse a folder or side files by which another user could reach a spool."""
-    folder = os.stat(os.path.dirname(path)).st_mode
+    try:
+        folder = os.stat(os.path.dirname(path)).st_mode
+    except FileNotFoundError:
+        raise _NoSpool("its folder does not exist: make that first") from None
     if os.name == "posix" and folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
         raise _NoSpool("everyone may replace files in its folder: use another one")
     for suffix in ("-wal", "-shm", "-journal"):

@@ -2280,6 +2280,16 @@ class SpoolTest(ProcessTestCase):
         client.log(Log("room again", 1))
         self.assertLessEqual(path.stat().st_size, 64 * 1024)
 
+    def test_a_folder_that_does_not_exist_is_named_as_what_is_missing(self):
+        path = self.folder() / "none" / "spool.db"
+        client = self.client(spool=path, transport=FakeTransport(), flush_delay=0)
+        client.log(Log("x", 1))
+        self.assertTrue(client.flush(LONG))  # from memory
+        self.reported(client)
+        self.assertIn("its folder does not exist: make that first", self.records[0].getMessage())
+        with self.assertRaisesRegex(ChirrOpError, "its folder does not exist"):
+            self.client(spool=SqliteSpool(path, required=True))
+
     def test_a_flush_is_false_while_left_overs_cannot_be_counted(self):
         path, left = self.make_spool(3)
         transport = FakeTransport()
