@@ -2055,7 +2055,9 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     `now` is Unix seconds, for the header's other form, an HTTP date.
     """
     text = next((str(v).strip() for k, v in headers.items() if str(k).lower() == "retry-after"), "")
-    if text and not text.strip("0123456789.") and text.count(".") <= 1 and text != ".":
+    if not text:
+        return None
+    if not text.strip("0123456789.") and text.count(".") <= 1 and text != ".":
         return min(MAX_RETRY_AFTER, float(text))
     try:
         import email.utils
