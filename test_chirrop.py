@@ -1787,7 +1787,7 @@ class SimulationTest(TestCase):
 
     def seeds(self, path=None):
         one = os.environ.get("TEST_SEED")
-        for seed in [int(one)] if one else range(rounds(30, 5000)):
+        for seed in [int(one)] if one else range(rounds(20, 5000)):
             where = path and f"{path}/{seed}"
             try:
                 Simulation(seed, where).run()
@@ -2660,7 +2660,7 @@ class SpoolCorruptTest(ProcessTestCase):
         data, rng = path.read_bytes(), random.Random(4)
         used = [n for n, byte in enumerate(data) if byte] + list(range(108))
         places = [*range(100), *(rng.choice(used) for _ in range(220))]
-        for number in places[:: rounds(5, 1)]:
+        for number in places[:: rounds(10, 1)]:
             bit = 1 << rng.randrange(8)
             with self.subTest(byte=number, bit=bit):
                 copy = self.spool()
@@ -2970,7 +2970,7 @@ class ExitTest(ProcessTestCase):
             "raise SystemExit('bye')": 1,
         }
         begun = []
-        for ending, status in endings.items():
+        for ending, status in list(endings.items())[:: rounds(2, 1)]:
             server, code = self.server(), f"c = client(flush_delay=60); log(c, 300)\n{ending}"
             words = self.begin_program(code, server.url, status=status, stderr=None)
             begun.append((ending, server, words))
@@ -4027,7 +4027,7 @@ if __name__ == "__main__":
         file = self.folder() / "program.py"
         file.write_text(code)
         begun, count = [], rounds(1, 2)
-        for method in ("fork", "forkserver", "spawn"):
+        for method in rounds(("fork", "spawn"), ("fork", "forkserver", "spawn")):
             server = self.server()
             command = [sys.executable, "-W", "ignore", file, server.url, method, str(count)]
             environment = {**os.environ, "PYTHONPATH": str(HERE)}
@@ -4264,7 +4264,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
 
 
 class MemoryTest(ProcessTestCase):
-    SIZE = rounds(500, 1000)
+    SIZE = rounds(300, 1000)
 
     def outage(self, transport):
         """Fill a bounded queue in an outage, go on for long; return the most bytes held for it."""
@@ -4282,7 +4282,7 @@ class MemoryTest(ProcessTestCase):
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         start = tracemalloc.get_traced_memory()[0]
-        while refused < rounds(300, 3000):
+        while refused < rounds(100, 3000):
             try:
                 client.log(Log("x", 1, meta="m" * 900))
                 accepted += 1
@@ -5128,7 +5128,7 @@ class ReentryTest(InterruptedCase):
         with Trials.world(deep=True):
             for threads in (True, False):
                 reaches = list(enumerate(Trials(operation, None, server, threads).survey(), 1))
-                places = [nth for nth, reach in reaches if reach == "signal"][:: rounds(30, 3)]
+                places = [nth for nth, reach in reaches if reach == "signal"][:: rounds(60, 3)]
                 for handler in Trial.HANDLERS if FULL else [Trial.close_within]:
                     trials = Trials(operation, None, server, threads)
                     trials.run([handler], None if COMPLETE else places, ("signal", "memory"))
@@ -5227,7 +5227,7 @@ class DeadlineTest(ProcessTestCase):
                     other.execute("BEGIN IMMEDIATE")
                     for entry in logged[opened:]:
                         self.assertLess(self.took(client.log, entry), self.MOMENT)
-                    self.assertLess(self.took(client.flush, 0.1), 0.1 + self.MOMENT)
+                    self.assertLess(self.took(client.flush, 0.03), 0.03 + self.MOMENT)
                     self.assertLess(self.took(client.close, 0.1), 0.1 + self.MOMENT)
                     other.execute("ROLLBACK")
                 sent = set(wire.taken) | set(self.drain(path))
@@ -5279,8 +5279,8 @@ class DeadlineTest(ProcessTestCase):
         client = new_client(api_key=KEY, transport=transport, flush_delay=0)
         client.log(Log("test", 1))
         self.assertTrue(inside.acquire(timeout=LONG))
-        self.assertLess(self.took(client.flush, 0.1), 0.1 + self.MOMENT)
-        self.assertLess(self.took(client.close, 0.1), 0.1 + self.MOMENT)
+        self.assertLess(self.took(client.flush, 0.03), 0.03 + self.MOMENT)
+        self.assertLess(self.took(client.close, 0.03), 0.03 + self.MOMENT)
         self.assertBalanced(client)
 
     def test_the_exit_keeps_its_time_when_on_drop_hangs_in_every_sender(self):
@@ -5357,7 +5357,7 @@ class RecursionTest(TestCase):
             for index, (operation, spool) in enumerate(cases):
                 trials = Trials(operation, spool)
                 failed = 0
-                for left in rounds(range(2 + index % 3, 26, 3), range(2, 40)):
+                for left in rounds(range(2 + index, 26, 6), range(2, 40)):
                     here = len(traceback.extract_stack())
                     trial = trials.trial()
                     work = functools.partial(trial.operate, contextlib.nullcontext())
@@ -5368,7 +5368,7 @@ class RecursionTest(TestCase):
                     with self.subTest(operation, spool=bool(spool), frames_left=left):
                         self.assertEqual(trials.judge(trial), [])
                     trials.clean()
-                self.assertGreater(failed, 1)
+                self.assertGreater(failed, 0)
                 trials.helper.end()
 
 
@@ -5994,7 +5994,7 @@ class RetryTableTest(SocketTestCase):
         ):
             with self.subTest(name):
                 server = self.server(fault)
-                client = self.deliver(server, timeout=0.1)
+                client = self.deliver(server, timeout=0.05)
                 stats = client.stats()
                 self.assertEqual((stats.delivered, stats.dropped), (1, {}))
                 self.assertGreaterEqual(stats.retries, 1)
@@ -6529,7 +6529,7 @@ class FlushTest(SocketTestCase):
         client = self.real(server, timeout=LONG)
         client.log(Log("a.b.count", 1))
         started = time.monotonic()
-        self.assertFalse(client.flush(timeout=0.2))
+        self.assertFalse(client.flush(timeout=0.1))
         self.assertLess(time.monotonic() - started, LONG / 2)
         self.assertEqual(self.assertBalanced(client).in_flight, 1)
         server.close()
@@ -6733,7 +6733,7 @@ class KeepAliveTest(SocketTestCase):
 
     def test_a_time_out_on_a_kept_connection_is_a_retry_like_any_other(self):
         server = self.server(answer(), hang)
-        client = self.real(server, timeout=0.3, retries=0)
+        client = self.real(server, timeout=0.1, retries=0)
         client.log(Log("a.b.count", 1))
         self.assertTrue(client.flush(LONG))
         client.log(Log("a.b.count", 2))
@@ -6857,7 +6857,8 @@ class KeepAliveTest(SocketTestCase):
             client.close()
         """
         (path, context), begun = self.certificate(), []
-        for tls, hooks in ((None, "with hooks"), (context, "with hooks"), (None, "without hooks")):
+        ways = (context, "with hooks"), (None, "without hooks"), (None, "with hooks")
+        for tls, hooks in ways[: rounds(2, 3)]:
             server = self.server(tls=tls)
             end = self.begin_python(code, server.url, hooks, env={"SSL_CERT_FILE": path})
             begun.append((tls, hooks, server, end))
@@ -6935,7 +6936,7 @@ class TransportSecurityTest(SocketTestCase):
 
     def test_a_server_without_tls_is_not_talked_to(self):
         server = self.server()  # waits for the end of what it takes for a request
-        client = self.real(server.url.replace("http:", "https:"), servicer_retries=0, timeout=0.2)
+        client = self.real(server.url.replace("http:", "https:"), servicer_retries=0, timeout=0.1)
         with self.assertRaises(chirrop.ChirrOpTransportError):
             client.list_events()
         self.assertEqual(server.requests, [])
@@ -6970,7 +6971,7 @@ class TransportSecurityTest(SocketTestCase):
             ("407", answer(407), "407", LONG),
             ("closed", cut(), "", LONG),
             ("garbage", cut(b"SSH-2.0\r\n\r\n"), "", LONG),
-            ("drip", drip(b"HTTP/1.1 200 OK\r\nX: "), "", 0.2),
+            ("drip", drip(b"HTTP/1.1 200 OK\r\nX: "), "", 0.1),
         ):
             with self.subTest(name):
                 proxy = self.server(default=default)
@@ -8085,11 +8086,11 @@ class LambdaTest(TestCase):
     def test_a_server_that_hangs_costs_exit_timeout_then_a_tenth(self):
         answer = threading.Event()
         client = self.client(
-            transport=lambda *_: (200, b"", {}) if answer.wait(LONG) else None, exit_timeout=0.4
+            transport=lambda *_: (200, b"", {}) if answer.wait(LONG) else None, exit_timeout=0.2
         )
         self.addCleanup(answer.set)
         work = functools.partial(client.log, Log("a", 1))
-        self.assertEqual(self.bounds(client, (work, None), (work, None)), [0.4, 0.04])
+        self.assertEqual(self.bounds(client, (work, None), (work, None)), [0.2, 0.02])
 
     def test_logs_made_before_the_first_invocation_do_not_shorten_its_flush(self):
         client = self.client(flush_delay=86400, exit_timeout=4.0)
@@ -10682,7 +10683,7 @@ class CommandLineTest(CommandLineCase):
             rows = newest_first(sandbox, path, {"period": query["period"], "limit": "999"}, body)
             return chirrop._sandbox_page(rows[::-1], query)
 
-        for handler in (newest_first, oldest_first):
+        for handler in (oldest_first, newest_first)[: rounds(1, 2)]:
             with mock.patch.dict(handlers, GET=handler):
                 for arguments, shown in (
                     ((), 100), (("--limit", "1"), 1), (("--limit", "120"), 120),
@@ -10784,7 +10785,7 @@ class CommandLineTest(CommandLineCase):
         self.send(1)
         begun = [
             subprocess.Popen([*CLI, *args], stdout=writer, stderr=subprocess.PIPE, cwd=self.cwd)
-            for args in (("events",), ("events", "--json"), ("--help",))
+            for args in (("events",), ("--help",), ("events", "--json"))[: rounds(2, 3)]
         ]
         os.close(writer)
         for process in begun:
@@ -10922,10 +10923,10 @@ class CommandLineStreamTest(CommandLineCase):
 
     def test_a_refusal_stops_the_stream(self):
         self.sandbox.fail(None, status=401, body={"error": "invalid API key"}, path="/logs")
-        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 60000)
+        out, err = self.cli("log", "-", status=1, input=b'{"event":"a","value":1}\n' * 30000)
         self.assertIn("logs are refused: HTTP 401: invalid API key", err)
         self.assertRegex(err, r"stopped at line [\d,]+: HTTP 401: invalid API key")
-        self.assertLess(len(self.sandbox.requests), 60000 / 250)
+        self.assertLess(len(self.sandbox.requests), 30000 / 250)
 
     def test_a_full_queue_is_waited_for_and_given_up_after_a_cycle_of_retries(self):
         with unittest.mock.patch.object(chirrop, "_QUEUED_LINES", 0):
@@ -10960,7 +10961,7 @@ class CommandLineStreamTest(CommandLineCase):
             None, status=200, path="/logs"
         )  # so that this process keeps nothing, either
         peaks = []
-        for count in (1000, rounds(10000, 50000)):
+        for count in (1000, rounds(5000, 50000)):
             process = self.start("log", "-")
             for _ in range(count // 1000):
                 process.stdin.write(
@@ -11617,7 +11618,9 @@ class PortabilityTest(TestCase):
         vendor.mkdir(parents=True)
         for package in (vendor, vendor.parent):
             (package / "__init__.py").write_text("")
-        shutil.copy(chirrop.__file__, vendor / "chirrop.py")
+        shutil.copy2(chirrop.__file__, vendor / "chirrop.py")
+        with contextlib.suppress(OSError):  # its bytecode comes along, if there is any
+            shutil.copytree(HERE / "__pycache__", vendor / "__pycache__")
         return folder
 
     def test_it_works_inside_another_package(self):
