@@ -123,7 +123,7 @@ _DELIVERY_KINDS = ("alert", "test", "all")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, TypeVar, Union
+    from typing import Any, Literal, NoReturn, Optional, TypedDict, TypeVar, Union
 
     Period = Literal["minute", "hour", "day"]
     View = Literal["window"]
@@ -1360,7 +1360,6 @@ class _SpoolFile:
         if not self.last:
             self.count = 0
         self.settled = (0, 0)  # the last row that was settled, and how many were read up to it
-        self.moving: tuple[bytes | None, int] = (None, 0)  # a log from memory, and its row to be
         self.undone: deque[tuple[str, tuple[Any, ...]]] = deque()  # statements for settled rows
         self.known = 0  # rows that waited when somebody looked last
         self.changes = 0  # conn.total_changes at the last checkpoint
@@ -1383,16 +1382,12 @@ class _SpoolFile:
         self.known += 1
 
     def move(self, logs: deque[bytes]) -> None:
-        """Take the oldest of these logs; once, though an exception may strike between two steps."""
-        if not logs:
-            return
-        data = logs[0]
-        row = max(self.conn.execute(_SQL_LAST).fetchall()[0][0], self.last, self.settled[0])
-        if self.moving[0] is not data or row < self.moving[1]:
-            self.moving = data, row + 1
-            self.add(data)
-        logs.popleft()
-        self.moving = None, 0
+        """Take the oldest of these logs: one call of C, which commits it and then removes it."""
+        if logs:
+            row = max(self.last, self.settled[0]), logs[0]
+            committed = map(self.conn.execute, [_SQL_INSERT], [row])
+            deque(zip(committed, map(deque.popleft, [logs])), maxlen=0)
+            self.known += 1
 
     def fill(self, batch: _Batch, batches: Sequence[_Batch]) -> None:
         row, number = self.read(batches)
@@ -2195,67 +2190,31 @@ def _proxy_advice(scheme: str) -> str:
 # whatever interrupts a step, either nothing has happened or all of it.
 
 
-if TYPE_CHECKING:
-
-    class _Account(NamedTuple):
-        accepted: int
-        delivered: int
-        dropped: dict[str, int]
-        queued: int
-        in_flight: int
-        retries: int
-        last_error: Optional[ChirrOpError]
-
-    class _Drop(NamedTuple):
-        items: list[bytes]
-        error: ChirrOpError
-
-    class _State(NamedTuple):
-        batches: tuple[_Batch, ...] = ()
-        settled: int = 0
-        delivered: int = 0
-        dropped: dict[str, int] = {}
-        untold: tuple[_Drop, ...] = ()
-        unsaid: dict[str, tuple[int, str]] = {}
-        retries: int = 0
-        failures: int = 0
-        resume_at: float = 0.0
-        width: int = 1
-        last_error: Optional[ChirrOpError] = None
-        stopped: bool = False
-        clean: bool = False
-        left: int = 0
-        counted: object = None
-
-else:
-    _Account = namedtuple(
-        "_Account", "accepted delivered dropped queued in_flight retries last_error"
-    )
-    _Drop = namedtuple("_Drop", "items error")
-    _State = namedtuple(
-        "_State",
-        (
-            "batches",  # filled and not settled, in the order in which they are to be sent
-            "settled",  # logs that have left the buffer and were delivered or dropped
-            "delivered",
-            "dropped",  # reason -> logs
-            "untold",  # drops that on_drop has not heard of
-            "unsaid",  # reason -> (logs that records have told of, the first message since then)
-            "retries",
-            "failures",  # in a row, over all batches; concurrent ones count once
-            "resume_at",  # end of the backoff
-            "width",  # requests that may be in flight at once
-            "last_error",
-            "stopped",  # sends no more
-            "clean",  # all was delivered when it stopped
-            "left",  # logs that stayed in the spool when it stopped
-            "counted",  # the last refusal that is in the account
-        ),
-        defaults=((), 0, 0, {}, (), {}, 0, 0, 0.0, 1, None, False, False, 0, None),
-    )
+_Drop = namedtuple("_Drop", "items error")  # items: what on_drop is to get
+_State = namedtuple(
+    "_State",
+    (
+        "batches",  # filled and not settled, in the order in which they are to be sent
+        "settled",  # logs that have left the buffer and were delivered or dropped
+        "delivered",
+        "dropped",  # reason -> logs
+        "untold",  # drops that on_drop has not heard of
+        "unsaid",  # reason -> (logs that records have told of, the first message since then)
+        "retries",
+        "failures",  # in a row, over all batches; concurrent ones count once
+        "resume_at",  # end of the backoff
+        "width",  # requests that may be in flight at once
+        "last_error",
+        "stopped",  # sends no more
+        "clean",  # all was delivered when it stopped
+        "left",  # logs that stayed in the spool when it stopped
+        "counted",  # the last refusal that is in the account
+    ),
+    defaults=((), 0, 0, {}, (), {}, 0, 0, 0.0, 1, None, False, False, 0, None),
+)
 
 
-class Stats(_Account):
+class Stats(namedtuple("Stats", "accepted delivered dropped queued in_flight retries last_error")):
     """The account of one client at one moment; counts are logs.
 
     Always accepted == delivered + sum(dropped.values()) + queued + in_flight.
@@ -2276,6 +2235,13 @@ class Stats(_Account):
     """
 
     __slots__ = ()
+    accepted: int
+    delivered: int
+    dropped: dict[str, int]
+    queued: int
+    in_flight: int
+    retries: int
+    last_error: ChirrOpError | None
 
 
 def _dropped(
@@ -2394,7 +2360,7 @@ class _Outbox:
         waiting = [batch for batch in state.batches if batch.items and not batch.holder]
         moments = [batch.not_before for batch in waiting]
         size = self.buffer.size()
-        self._count_lost()  # by looking there
+        self._catch_up()
         if size and len(waiting) < MAX_WAITING:
             moments.append(self._departure(size, now))
         if not moments:
@@ -2447,13 +2413,13 @@ class _Outbox:
 
     def _fill(self, now: float) -> _Batch | None:
         """Return a batch of the buffer's oldest logs, which is in the state before it gets them."""
-        self._allow_for_found()
+        self._catch_up()
         others = tuple(batch for batch in self.state.batches if batch.items)
         self._set(batches=others)
         batch = _Batch(self._taken())
         self._set(batches=(*others, batch))
         self.buffer.fill(batch)
-        self._count_lost()
+        self._catch_up()
         self._since = now if self.buffer.size() else None
         if not batch.items:
             self._set(batches=others)
@@ -2492,7 +2458,7 @@ class _Outbox:
             self._drop(state._replace(failures=0), batch, "refused", error)
         else:
             self._split(state, batch, verdict, error)
-        self._count_lost()
+        self._catch_up()
         return verdict
 
     def _without(self, batch: _Batch) -> _State:
@@ -2556,13 +2522,14 @@ class _Outbox:
         items = self._for_on_drop(batch.items)
         self.state = _dropped(state, reason, len(batch.items), items, error)
 
-    def _count_lost(self) -> None:
-        """Account for logs that a damaged spool file took along; nobody can read them any more."""
-        lost = self.buffer.lost
-        if lost:
-            self.buffer.lost = 0
-            for flush in list(self.flushes):
-                flush.clean = False
+    def _catch_up(self) -> None:
+        """Account for what a spool has taken over, or lost, since this was asked last."""
+        found, self.buffer.found = self.buffer.found, 0
+        lost, self.buffer.lost = self.buffer.lost, 0
+        for flush in list(self.flushes):
+            flush.mark += found  # is sent first
+            flush.clean &= not lost
+        if lost:  # with a damaged file; nobody can read them any more
             state = self.state._replace(settled=self.state.settled + lost)
             error = ChirrOpError("they are in a damaged spool file")
             self.state = _dropped(state, "damaged", lost, self._for_on_drop([]), error)
@@ -2573,7 +2540,7 @@ class _Outbox:
     def begin_flush(self, now: float, flush: _Flush | None = None) -> _Flush:
         """Return a flush, or begin this one, of what is held now; a backoff in progress ends."""
         flush = flush or _Flush()
-        self._allow_for_found()
+        self._catch_up()
         flush.mark, flush.retries = self._taken() + self.buffer.size(), self.state.retries
         flush.clean = not self.buffer.is_unknown()
         for batch in self.state.batches:
@@ -2581,14 +2548,8 @@ class _Outbox:
             batch.exhausted = False
         self._set(resume_at=min(self.state.resume_at, now))
         self.flushes.append(flush)
-        self._count_lost()
+        self._catch_up()
         return flush
-
-    def _allow_for_found(self) -> None:
-        """Move flushes behind what a spool has taken over since they began, which is sent first."""
-        found, self.buffer.found = self.buffer.found, 0
-        for flush in list(self.flushes):
-            flush.mark += found
 
     def end_flush(self, flush: _Flush) -> None:
         """Forget a flush whose caller has stopped waiting."""
@@ -2653,7 +2614,7 @@ class _Outbox:
             if batch.items:
                 self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
         self._set(batches=())
-        self._count_lost()
+        self._catch_up()
 
     # The account.
 
@@ -3002,7 +2963,7 @@ class _Sender:
         while not self.outbox.offer(data):
             self.wake()  # a full queue is a full batch
             nested = _is_inside(_exclusively.__code__, _Sender._run.__code__)
-            if nested or not self._alive() or not self._wait(self._has_room, deadline):
+            if nested or not self._alive() or not self._wait(self._has_room, deadline, self._help):
                 size = self._config.queue_size
                 raise ChirrOpQueueFullError(f"queue is full: {size} logs are waiting to be sent")
 
@@ -3141,7 +3102,12 @@ class _Sender:
         if not self.report.kick():
             self.report.run()
 
-    def _wait(self, ready: Callable[[], bool], deadline: float) -> bool:
+    def _wait(
+        self,
+        ready: Callable[[], bool],
+        deadline: float,
+        wait: Callable[[_Bell, float], object],
+    ) -> bool:
         """Wait until `ready()`, at which senders look after each answer; return what it says."""
         caller = ready, _Bell()
         try:
@@ -3151,7 +3117,7 @@ class _Sender:
                 left = deadline - self._clock()
                 if ready() or left <= 0:
                     return ready()
-                self._help(caller[1], left)
+                wait(caller[1], left)
         finally:
             _discard(self._callers, caller)
 
@@ -3176,15 +3142,7 @@ class _Sender:
 
     def pause(self, seconds: float) -> bool:
         """Wait in a caller's thread; True, and at once, when the client is being closed."""
-        caller = (lambda: self.outbox.closed), _Bell()
-        deadline = self._clock() + seconds
-        self._callers.append(caller)
-        try:
-            while not self.outbox.closed and (left := deadline - self._clock()) > 0:
-                caller[1].wait(left)
-            return self.outbox.closed
-        finally:
-            _discard(self._callers, caller)
+        return self._wait(lambda: self.outbox.closed, self._clock() + seconds, _Bell.wait)
 
     def deadline(self, timeout: float | None) -> float:
         return math.inf if timeout is None else self._clock() + timeout
@@ -3199,7 +3157,7 @@ class _Sender:
         try:
             self.outbox.begin_flush(self._clock(), flush)
             self._ring()
-            self._wait(lambda: self.outbox.outcome(flush) is not None, deadline)
+            self._wait(lambda: self.outbox.outcome(flush) is not None, deadline, self._help)
             done = bool(self.outbox.outcome(flush))
         finally:
             self.outbox.end_flush(flush)
