@@ -1282,9 +1282,8 @@ def _lock_file(path: str) -> Any:
 def _unlock_file(file: Any) -> None:
     try:
         if not file.closed and os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name)):
-            os.unlink(
-                file.name
-            )  # before the lock is given up: nobody must find the file and lock it
+            # Before the lock is given up: nobody must find the file and lock it.
+            os.unlink(file.name)
     except OSError:
         pass  # Windows cannot; an unlocked file is as good as none
     file.close()
@@ -1437,9 +1436,9 @@ class SqliteSpool:
     as dead letters. An application calls dead_letters alone; the other methods are the client's.
 
     Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody holds,
-    so any number of processes may share a path on a local disk, and
-    none waits for another. What a dead process or a closed client left is sent by the next that
-    opens the path or runs out of work.
+    so any number of processes may share a path on a local disk, and none waits for another. What a
+    dead process or a closed client left is sent by the next that opens the path or runs out of
+    work.
 
     A power loss may cost the commits of the last moments, since they are synced to the disk only
     now and then (SQLite's `synchronous=NORMAL`); "FULL" syncs each commit, at milliseconds a log.

@@ -200,9 +200,8 @@ class TestCase(unittest.TestCase):
         fields.setdefault("transport", FakeTransport(*answers))
         fields.setdefault("api_key", KEY)
         client = new_client(**fields)
-        client._outbox._rand = lambda: (
-            0.0
-        )  # backoff without jitter is no wait at all: full jitter starts at 0
+        # Backoff without jitter is no wait at all: full jitter starts at 0.
+        client._outbox._rand = lambda: 0.0
         self.addCleanup(self.assertBalanced, client)
         self.addCleanup(client.close, 5)
         return client
@@ -2651,9 +2650,8 @@ class SpoolCorruptTest(ProcessTestCase):
                 if 0 < place < 72:  # not to be known as a spool any more: left as it is
                     self.assertEqual((copy.read_bytes(), kept), (data[:place], []))
                 elif not kept and place:
-                    self.assertLessEqual(
-                        len(set(left) - set(arrived)), 1
-                    )  # its end was cut off: a dead letter
+                    # Its end was cut off: a dead letter.
+                    self.assertLessEqual(len(set(left) - set(arrived)), 1)
 
     def test_with_any_bit_flipped_it_starts_and_delivers_or_keeps_the_file(self):
         path, left = self.make_spool(12)
@@ -2886,9 +2884,8 @@ log(c); os.kill(os.getpid(), 9)
         program, held = self.holder(path)
         self.kill_program(program)
         self.assertEqual(self.drain(path), held)
-        self.assertEqual(
-            os.listdir(path.parent), [path.name]
-        )  # the dead one's lock file is gone, too
+        # The dead one's lock file is gone, too.
+        self.assertEqual(os.listdir(path.parent), [path.name])
 
     def test_logs_of_a_killed_holder_are_taken_over_by_a_running_client_out_of_work(self):
         self.patch(chirrop, "_ADOPT_SECONDS", 0.1)
@@ -3736,9 +3733,8 @@ sys.stdin.read()
         arrived = set(server.stored) | set(rest)
         self.assertEqual(sorted(set(logged) - arrived), [], "lost")
         self.assertEqual(self.rows(path), 0)
-        self.assertLessEqual(
-            len(arrived - set(logged)), len(self.started)
-        )  # at most the log each was busy with
+        # At most the log each was busy with.
+        self.assertLessEqual(len(arrived - set(logged)), len(self.started))
         self.assertFalse([n for n in os.listdir(path.parent) if "damaged" in n])
 
     def start(self, server, seed, path, count):
@@ -4272,9 +4268,8 @@ class MemoryTest(ProcessTestCase):
             import tracemalloc
         except ImportError:
             self.skipTest("this Python cannot tell what its memory is used for")
-        self.client(transport=FakeTransport()).send_logs(
-            [Log("warm up", 1)]
-        )  # imports are not held logs
+        # Imports are not held logs.
+        self.client(transport=FakeTransport()).send_logs([Log("warm up", 1)])
         size, fields = self.SIZE, {"timeout": 0.0001, "flush_delay": 0}
         client = self.client(transport=transport, queue_size=size, **fields)
         accepted = refused = 0
@@ -6241,9 +6236,8 @@ class RetryTableTest(SocketTestCase):
     def test_a_call_is_repeated_after_a_failed_tls_handshake(self):
         server, context = self.tls_server(greet=None)
         plain = self.server(greet=lambda connection: connection.close())
-        os.environ["https_proxy"] = (
-            plain.url
-        )  # refuses the first tunnel, and no byte of the request was sent
+        # Refuses the first tunnel, and no byte of the request was sent.
+        os.environ["https_proxy"] = plain.url
         client = self.real(server, ssl_context=context)
         client._outbox._rand = lambda: (
             setattr(plain, "_greet", None) or setattr(plain, "default", tunnel) or 0.0
@@ -6408,9 +6402,8 @@ class MainJobTest(SocketTestCase):
         for request in server.requests:
             attempts.setdefault(request.body, set()).update(ids(request.logs()))
         self.assertLess(len(attempts), len(server.requests))
-        self.assertEqual(
-            sum(map(len, attempts.values())), 3000
-        )  # no log is in two different bodies
+        # No log is in two different bodies.
+        self.assertEqual(sum(map(len, attempts.values())), 3000)
         self.assertEqual(set().union(*attempts.values()), set(made))
         for log in server.logs():
             before, after = made[log["log_id"]]
@@ -6464,9 +6457,8 @@ class SplitTest(SocketTestCase):
                     if not any(log["value"] in bad for log in r.logs())
                     for log in r.logs()
                 ]
-                self.assertEqual(
-                    sorted(good), [value for value in range(250) if value not in bad]
-                )  # each once
+                # Each once.
+                self.assertEqual(sorted(good), [value for value in range(250) if value not in bad])
 
     def test_a_batch_in_which_all_are_bad_takes_at_most_64_requests(self):
         server, stats, drops = self.run_batch(lambda value: True)
@@ -6595,9 +6587,8 @@ class FlushTest(SocketTestCase):
             self.addCleanup(thread.join, LONG)
             self.assertTrue(pausing.wait(LONG))
             client.close(0)
-            self.assertIsInstance(
-                raised.get(timeout=10), chirrop.ChirrOpRateLimitError
-            )  # far below the 29 s
+            # Far below the 29 s.
+            self.assertIsInstance(raised.get(timeout=10), chirrop.ChirrOpRateLimitError)
 
     def test_flush_and_close_from_on_drop_do_not_wait_for_themselves(self):
         for name, act in (
@@ -6707,9 +6698,8 @@ class KeepAliveTest(SocketTestCase):
                 self.flushes(client, 1)
                 self.assertTrue(server.connections[0].closed.wait(LONG))
                 self.flushes(client, 2)
-                self.assertEqual(
-                    self.on(server), [0, 1, 1]
-                )  # polled: nothing was sent on the dead one
+                # Polled: nothing was sent on the dead one.
+                self.assertEqual(self.on(server), [0, 1, 1])
 
     def test_a_kept_connection_that_dies_with_the_request_is_replaced_without_a_retry(self):
         for name, death in (("close", cut()), ("reset", reset)):
@@ -7019,9 +7009,8 @@ class TransportSecurityTest(SocketTestCase):
             with self.subTest(path=path), self.assertRaises(chirrop.ChirrOpValidationError):
                 client.request("GET", path)
         client.request("GET", "//evil.example/x")
-        self.assertEqual(
-            server.requests.pop().path, "/v1.0/evil.example/x"
-        )  # a path, not another host
+        # A path, not another host.
+        self.assertEqual(server.requests.pop().path, "/v1.0/evil.example/x")
         for method in ("", "GET /x HTTP/1.1\r\nX:", "GET\n", "GÉT", "G T", None, b"GET"):
             with self.subTest(method=method), self.assertRaises(chirrop.ChirrOpValidationError):
                 client.request(method, "/events")
@@ -8003,9 +7992,8 @@ class LambdaTest(TestCase):
         with self.assertRaises(ZeroDivisionError):
             handler(0, self.Context(30_000))
         self.assertEqual(len(transport.logs()), 2)
-        self.assertEqual(
-            handler(None, None), "nothing"
-        )  # nothing is queued: the context is not even asked
+        # Nothing is queued: the context is not even asked.
+        self.assertEqual(handler(None, None), "nothing")
         self.assertEqual(handler.__name__, "handler")
 
     def test_it_never_masks_the_handlers_own_error(self):
@@ -10957,9 +10945,8 @@ class CommandLineStreamTest(CommandLineCase):
 
     @unittest.skipUnless(hasattr(os, "wait4"), "needs wait4")
     def test_memory_does_not_grow_with_the_stream(self):
-        self.sandbox.fail(
-            None, status=200, path="/logs"
-        )  # so that this process keeps nothing, either
+        # So that this process keeps nothing, either.
+        self.sandbox.fail(None, status=200, path="/logs")
         peaks = []
         for count in (1000, rounds(5000, 50000)):
             process = self.start("log", "-")
