@@ -1190,8 +1190,8 @@ class _Memory:
     def stays(self, batch: _Batch) -> bool:
         return False
 
-    def tend(self) -> float | None:
-        return None
+    def tend(self) -> float:
+        return math.inf
 
     def is_unknown(self) -> bool:
         return False
@@ -1213,7 +1213,7 @@ _SPOOL_WAIT = 0.2  # seconds that a statement waits for another program's lock
 _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait between two wake-ups
 _FREE_PAGES = 16  # in a drained file: what is more goes back to the disk
 _ORPHANS = 8  # of dead processes' files held at once
-_ADOPT_SECONDS = 1.0  # between two looks for what dead processes left
+_ADOPT_SECONDS = 1.0  # from work done to a look for what dead processes left
 _SQL_CREATE = (
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
     "BEGIN IMMEDIATE",
@@ -1496,8 +1496,7 @@ class SqliteSpool:
         self._inbox: deque[bytes] = deque()  # logs that no file could take
         self._puts = 0
         self._retry_at = 0.0  # when a file that failed is tried again
-        self._settled_at = 0.0  # when a batch was settled last
-        self._looked_at = -math.inf  # when orphans were looked for last
+        self._look_at = 0.0  # when orphans are to be looked for: some time after work was done
         self._others = (0.0, 0)  # until when, and how many bytes other files take
         self.found = 0  # logs that were taken over, and go before others: flushes allow for them
         self.lost = 0  # logs in damaged files, to be accounted for
@@ -1811,7 +1810,7 @@ class SqliteSpool:
         else:
             file.undone.append((_SQL_DROPPED, (error, *span)))
         file.settled = max(file.settled, (ids[-1], number))
-        self._settled_at = time.monotonic()
+        self._look_at = min(self._look_at, time.monotonic() + _ADOPT_SECONDS)
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
@@ -1846,16 +1845,18 @@ class SqliteSpool:
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
-    def tend(self) -> float | None:
+    def tend(self) -> float:
         """Move logs from memory to the file, take over orphans, and keep the WAL small."""
-        wait: float | None = _exclusively(self.tending, self._tend)
+        wait: float = _exclusively(self.tending, self._tend)
         return wait
 
-    def _tend(self) -> float | None:
+    def _tend(self) -> float:
         file: _SpoolFile | None = self._usable()
         if file is not None and time.monotonic() >= self._retry_at:
             self._store_inbox(file)
-        wait = self._look_around()
+        if time.monotonic() >= self._look_at:
+            self._look_at = math.inf
+            self._take_over()
         for held in self._files():
             if held.count is None:
                 self._attempt(held, self._count, held)
@@ -1867,19 +1868,7 @@ class SqliteSpool:
         for orphan in self._orphans:
             self._attempt(orphan, self._shrink, orphan)
             self._let_go(orphan)
-        return wait
-
-    def _look_around(self) -> float | None:
-        """Take over what dead processes left, after each spell of work, or say when to do so."""
-        if self._settled_at < self._looked_at:
-            return None
-        now = time.monotonic()
-        wait = self._looked_at + _ADOPT_SECONDS - now
-        if wait > 0:
-            return wait
-        self._looked_at = now
-        self._take_over()
-        return None
+        return max(0.0, self._look_at - time.monotonic())
 
     def _store_inbox(self, file: _SpoolFile) -> None:
         for _ in range(len(self._inbox)):
@@ -1926,7 +1915,7 @@ class SqliteSpool:
             # Else it is done under the lock, when the file is closed.
             self._attempt(orphan, self._aside, orphan, "PRAGMA wal_checkpoint(PASSIVE)")
             self._give_up(orphan)
-            self._looked_at = -math.inf  # there may be more
+            self._look_at = 0.0  # there may be more
 
     def _is_done(self, orphan: _SpoolFile) -> bool:
         batches = self.batches()
@@ -2351,20 +2340,18 @@ class _Outbox:
     # Batches out.
 
     @_guarded
-    def due_in(self, now: float) -> float | None:
-        """Return seconds until take() will have a batch; None: not before something happens."""
+    def due_in(self, now: float) -> float:
+        """Return seconds until take() will have a batch, if nothing happens meanwhile."""
         state = self.state
         if self._is_busy():
-            return None
+            return math.inf
         waiting = [batch for batch in state.batches if batch.items and not batch.holder]
         moments = [batch.not_before for batch in waiting]
         size = self.buffer.size()
         self._catch_up()
         if size and len(waiting) < MAX_WAITING:
             moments.append(self._departure(size, now))
-        if not moments:
-            return None
-        return max(0.0, max(min(moments), state.resume_at) - now)
+        return max(0.0, max(min(moments, default=math.inf), state.resume_at) - now)
 
     def _is_busy(self) -> bool:
         """Tell whether no further request may be made now."""
@@ -3050,7 +3037,7 @@ class _Sender:
         """Wait for the next batch; None when there is nothing more to do."""
         outbox = self.outbox
         while self._threads is threads and not outbox.state.stopped:
-            look_in = outbox.buffer.tend()
+            tend_in = outbox.buffer.tend()
             batch = outbox.take(self._clock(), threading.get_ident())
             if batch is not None:
                 return batch
@@ -3060,8 +3047,7 @@ class _Sender:
             self._look()  # the buffer may have lost what somebody waits for
             self.report.kick()
             self._wake_at = outbox.wake_level(self._clock())
-            waits = [outbox.due_in(self._clock()), look_in]
-            wait = min((wait for wait in waits if wait is not None), default=math.inf)
+            wait = min(tend_in, outbox.due_in(self._clock()))
             if wait > 0:
                 self._bell.wait(wait)
         return None
@@ -3136,8 +3122,7 @@ class _Sender:
                 return
         finally:
             self.outbox.release(me)
-        due = self.outbox.due_in(now)
-        bell.wait(min(left, 1.0 if due is None else due))
+        bell.wait(min(left, 1.0, self.outbox.due_in(now)))
 
     def pause(self, seconds: float) -> bool:
         """Wait in a caller's thread; True, and at once, when the client is being closed."""
