@@ -4120,12 +4120,8 @@ class Client:
                 or wait > policy.longest
             ):
                 raise error
-            if self._pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
+            if self._sender.pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
                 raise error
-
-    def _pause(self, seconds: float) -> bool:
-        """Wait; return True at once when the client is being closed."""
-        return self._sender.pause(seconds)
 
     # Events, their logs and analytics.
 

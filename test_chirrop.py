@@ -6580,8 +6580,8 @@ class FlushTest(SocketTestCase):
                     raised.put(exc)
 
             pausing = threading.Event()
-            pause = client._pause
-            client._pause = lambda seconds: pausing.set() or pause(seconds)
+            pause = client._sender.pause
+            client._sender.pause = lambda seconds: pausing.set() or pause(seconds)
             thread = threading.Thread(target=run)
             thread.start()
             self.addCleanup(thread.join, LONG)
@@ -7136,7 +7136,7 @@ class TransportSecurityTest(SocketTestCase):
                     server, api_key=self.CANARY, retries=1, servicer_retries=1, log_level="DEBUG",
                     on_exhausted="drop", on_drop=lambda logs, error: drops.append(error),
                 )  # fmt: skip
-                client._pause = lambda seconds: False  # no waiting
+                client._sender.pause = lambda seconds: False  # no waiting
                 for call in (
                     client.list_events,
                     lambda: client.create_event({"event": "a.b"}),
@@ -7746,7 +7746,7 @@ class ControlPlaneTest(TestCase):
             client.list_events()
         self.assertEqual(caught.exception.retry_after, 31.0)
         client, waits = self.client((429, b"", {"Retry-After": "30"})), []
-        client._pause = waits.append
+        client._sender.pause = waits.append
         client.list_events()
         self.assertEqual(waits, [30.0])
 
