@@ -1124,8 +1124,8 @@ class _Batch:
     """Logs that share their requests: the same bytes on every attempt."""
 
     __slots__ = (
-        "answers", "attempts", "bodies", "era", "exhausted", "first", "holder", "items",
-        "not_before", "place", "spent",
+        "answers", "attempts", "bodies", "era", "first", "holder", "items", "not_before", "place",
+        "spent",
     )  # fmt: skip
 
     def __init__(self, first: int) -> None:
@@ -1136,7 +1136,8 @@ class _Batch:
         # The spool file that holds them, their ids there, and how many were read up to the last.
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
-        self.attempts, self.not_before, self.exhausted = 0, 0.0, False
+        self.attempts = 0
+        self.not_before = 0.0  # it has had all its attempts, and is offered again then
         self.holder = 0  # the thread that is sending it
         self.era = 0  # failures in a row when it was taken
 
@@ -1146,12 +1147,6 @@ class _Batch:
         part.items, part.spent = self.items[start:end], self.spent
         part.place = source, ids[start:end], number - (len(self.items) - end)
         return part
-
-    def later(self, attempts: int, not_before: float, exhausted: bool) -> _Batch:
-        """Return this batch as it waits for another attempt."""
-        again = self.part(0, len(self.items))
-        again.attempts, again.not_before, again.exhausted = attempts, not_before, exhausted
-        return again
 
 
 def _move(logs: deque[bytes], batch: _Batch, limit: int) -> None:
@@ -2481,8 +2476,10 @@ class _Outbox:
         if exhausted and self._config.on_exhausted == "drop":
             self._drop(state, batch, "exhausted", error)
             return
-        # Others may be sent while an exhausted batch waits: the fault may be its own.
-        again = batch.later(attempts, now + BACKOFF_CAP if exhausted else 0.0, exhausted)
+        again = batch.part(0, len(batch.items))
+        again.attempts = attempts
+        if exhausted:  # others may be sent while it waits: the fault may be its own
+            again.not_before = now + BACKOFF_CAP
         self.state = state._replace(batches=(again, *state.batches), retries=state.retries + 1)
 
     def _split(self, state: _State, batch: _Batch, verdict: str, error: ChirrOpError) -> None:
@@ -2531,7 +2528,6 @@ class _Outbox:
         flush.clean = not self.buffer.is_unknown()
         for batch in self.state.batches:
             batch.not_before = 0.0
-            batch.exhausted = False
         self._set(resume_at=min(self.state.resume_at, now))
         self.flushes.append(flush)
         self._catch_up()
@@ -2549,7 +2545,7 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
-        if self._taken() >= flush.mark and all(batch.exhausted for batch in unsettled):
+        if self._taken() >= flush.mark and all(batch.not_before for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
