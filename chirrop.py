@@ -2760,7 +2760,8 @@ class _Reporter:
     """Tell the application what was dropped: on_drop soon, the logger in a handful of records."""
 
     def __init__(self, outbox: _Outbox, config: Config) -> None:
-        self._outbox, self._on_drop, self._level = outbox, config.on_drop, config.log_level
+        self._outbox, self._level = outbox, config.log_level
+        self._on_drop: Any = config.on_drop  # None: no drop is kept for it
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -2795,7 +2796,7 @@ class _Reporter:
         """Tell whether there is something to tell."""
         state = self._outbox.state
         drops = state.unsaid and time.monotonic() >= self._next.get("drops", 0.0)
-        return bool(self._notes or drops or (state.untold and self._on_drop))
+        return bool(self._notes or drops or state.untold)
 
     def kick(self) -> bool:
         """Tell what is due in a thread of its own; False where there can be none."""
@@ -2836,7 +2837,7 @@ class _Reporter:
                 lock.release()
 
     def _tell_all(self) -> None:
-        while self._on_drop is not None and self._outbox.state.untold:
+        while self._outbox.state.untold:
             drop = self._outbox.state.untold[0]
             logs = [_decoded(item) for item in drop.items]
             try:
