@@ -2810,15 +2810,15 @@ class _Reporter:
         if done:
             self.kick()  # for what came when nothing seemed to be left
 
-    def run(self, final: bool = False) -> bool:
-        """Tell what is due, in this thread; `final` lets no limit hold it back.
+    def run(self) -> bool:
+        """Tell what is due, in this thread.
 
         False: another thread is at it, or this one, further up its stack.
         """
         nested = _Reporter.tell.__code__, _Reporter._write.__code__, _exclusively.__code__
         if _is_inside(*nested) or not self.tell():
             return False
-        self.write(final)
+        self.write()
         return True
 
     def tell(self, wait: float = 0.0) -> bool:
