@@ -2979,14 +2979,11 @@ class _Sender:
 
     def _spawn(self) -> None:
         """Start one more sender, if the outbox allows it and the interpreter still does."""
-        width = self.outbox.state.width
-        if len(list(self._threads)) >= width:
-            return
         _close_with_multiprocessing()
         if "gevent" in sys.modules:  # its resolver starts a thread, which at exit it could not
             importlib.import_module("socket").getaddrinfo("127.0.0.1", 0)
         threads = self._threads
-        if threads.start(self._run, "chirrop-sender", width, threads):
+        if threads.start(self._run, "chirrop-sender", self.outbox.state.width, threads):
             self._bell.ring()
             return
         # flush, close and exit send in their own thread.
