@@ -2257,7 +2257,7 @@ class _Outbox:
 
     def __init__(self, buffer: Any, config: Config, rand: Callable[[], float] = _random) -> None:
         self.buffer, self._config, self._rand = buffer, config, rand
-        buffer.batches = lambda: tuple(batch for batch in self.state.batches if batch.items)
+        buffer.batches = self.batches
         buffer.is_over = lambda: self.state.stopped
         self.is_telling: Callable[[], bool] = lambda: False  # is this thread in on_drop?
         self._start()
@@ -2278,6 +2278,10 @@ class _Outbox:
     @property
     def lock(self) -> Any:
         return self.buffer.lock
+
+    def batches(self) -> tuple[_Batch, ...]:
+        """Return the batches that are filled and not settled, the next one first."""
+        return tuple(batch for batch in self.state.batches if batch.items)
 
     # Logs in. Without a bound, put() is the buffer's own.
 
@@ -2337,16 +2341,15 @@ class _Outbox:
     @_guarded
     def due_in(self, now: float) -> float:
         """Return seconds until take() will have a batch, if nothing happens meanwhile."""
-        state = self.state
         if self._is_busy():
             return math.inf
-        waiting = [batch for batch in state.batches if batch.items and not batch.holder]
+        waiting = [batch for batch in self.batches() if not batch.holder]
         moments = [batch.not_before for batch in waiting]
         size = self.buffer.size()
         self._catch_up()
         if size and len(waiting) < MAX_WAITING:
             moments.append(self._departure(size, now))
-        return max(0.0, max(min(moments, default=math.inf), state.resume_at) - now)
+        return max(0.0, max(min(moments, default=math.inf), self.state.resume_at) - now)
 
     def _is_busy(self) -> bool:
         """Tell whether no further request may be made now."""
@@ -2385,28 +2388,29 @@ class _Outbox:
         self.release(holder)
         if self.due_in(now) != 0.0:
             return None
-        waiting = (b for b in self.state.batches if not b.holder and b.not_before <= now)
-        batch = next((b for b in waiting if b.items), None) or self._fill(now)
+        waiting = (b for b in self.batches() if not b.holder and b.not_before <= now)
+        batch = next(waiting, None) or self._fill(now)
         if batch is not None:
             batch.era = self.state.failures
             batch.holder = holder
         return batch
 
     def _fill(self, now: float) -> _Batch | None:
-        """Return a batch of the buffer's oldest logs, which is in the state before it gets them."""
-        self._catch_up()
-        others = tuple(batch for batch in self.state.batches if batch.items)
-        self._set(batches=others)
-        batch = _Batch(self._taken())
-        self._set(batches=(*others, batch))
+        """Return a batch of the buffer's oldest logs; None if there are none, or none to be had."""
+        batch = self._begin_batch()
         self.buffer.fill(batch)
         self._catch_up()
         self._since = now if self.buffer.size() else None
-        if not batch.items:
-            self._set(batches=others)
-            if self._since is not None:  # in a file that cannot be read now
-                self._set(resume_at=max(self.state.resume_at, now + 1.0))
-            return None
+        if batch.items:
+            return batch
+        if self._since is not None:  # in a file that cannot be read now
+            self._set(resume_at=max(self.state.resume_at, now + 1.0))
+        return None
+
+    def _begin_batch(self) -> _Batch:
+        """Return a batch that is in the state already, in the place of one that stayed empty."""
+        batch = _Batch(self._taken())
+        self._set(batches=(*self.batches(), batch))
         return batch
 
     @_guarded
@@ -2544,7 +2548,7 @@ class _Outbox:
         state = self.state
         if state.stopped:
             return False
-        unsettled = [b for b in state.batches if b.items and b.first < flush.mark]
+        unsettled = [batch for batch in self.batches() if batch.first < flush.mark]
         if self._taken() >= flush.mark and all(batch.not_before for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
@@ -2589,13 +2593,9 @@ class _Outbox:
 
     @_guarded
     def _sweep(self, why: str) -> None:
-        last = _Batch(self._taken())
-        self._set(batches=(*self.state.batches, last))
-        self.buffer.fill(last, sys.maxsize)
-        for batch in self.state.batches:
-            if batch.items:
-                self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
-        self._set(batches=())
+        self.buffer.fill(self._begin_batch(), sys.maxsize)
+        for batch in self.batches():
+            self._drop(self._without(batch), batch, "closed", ChirrOpError(why))
         self._catch_up()
 
     # The account.
