@@ -2527,14 +2527,14 @@ class _Outbox:
     def begin_flush(self, now: float, flush: _Flush | None = None) -> _Flush:
         """Return a flush, or begin this one, of what is held now; a backoff in progress ends."""
         flush = flush or _Flush()
-        self._catch_up()
-        flush.mark, flush.retries = self._taken() + self.buffer.size(), self.state.retries
         flush.clean = not self.buffer.is_unknown()
+        self.flushes.append(flush)
         for batch in self.state.batches:
             batch.not_before = 0.0
         self._set(resume_at=min(self.state.resume_at, now))
-        self.flushes.append(flush)
+        size = self.buffer.size()
         self._catch_up()
+        flush.mark, flush.retries = self._taken() + size, self.state.retries
         return flush
 
     def end_flush(self, flush: _Flush) -> None:
