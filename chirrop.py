@@ -2443,7 +2443,6 @@ class _Outbox:
             self._drop(state._replace(failures=0), batch, "refused", error)
         else:
             self._split(state, batch, verdict, error)
-        self._catch_up()
         return verdict
 
     def _without(self, batch: _Batch) -> _State:
