@@ -1835,8 +1835,7 @@ class SqliteSpool:
 
     def _close(self) -> None:
         for file in self._files():
-            self._attempt(file, self._shrink, file)
-            self._give_up(file)
+            self._let_go(file)
 
     # What takes its time: by one thread at a time, most of it without the lock.
 
@@ -1861,8 +1860,9 @@ class SqliteSpool:
                 self._attempt(held, self._aside, held, "PRAGMA wal_checkpoint(PASSIVE)")
                 _exclusively(self.lock, self._attempt, held, self._finish_checkpoint, held)
         for orphan in self._orphans:
-            self._attempt(orphan, self._shrink, orphan)
-            self._let_go(orphan)
+            if self._is_done(orphan):
+                self._let_go(orphan)
+                self._look_at = 0.0  # there may be more
         return max(0.0, self._look_at - time.monotonic())
 
     def _store_inbox(self, file: _SpoolFile) -> None:
@@ -1904,15 +1904,15 @@ class SqliteSpool:
     def _enlist(self, orphan: _SpoolFile) -> None:
         self._orphans += (orphan,)
 
-    def _let_go(self, orphan: _SpoolFile) -> None:
-        """Give up an orphan whose logs have all been settled."""
-        if _exclusively(self.lock, self._is_done, orphan):
-            # Else it is done under the lock, when the file is closed.
-            self._attempt(orphan, self._aside, orphan, "PRAGMA wal_checkpoint(PASSIVE)")
-            self._give_up(orphan)
-            self._look_at = 0.0  # there may be more
+    def _let_go(self, file: _SpoolFile) -> None:
+        """Give up a file after what takes its time, which would else be done under the lock."""
+        self._attempt(file, self._shrink, file)
+        self._attempt(file, self._aside, file, "PRAGMA wal_checkpoint(PASSIVE)")
+        self._give_up(file)
 
+    @_guarded
     def _is_done(self, orphan: _SpoolFile) -> bool:
+        """Tell whether all logs of an orphan have been settled."""
         batches = self.batches()
         if any(batch.place[0] is orphan for batch in batches) or orphan.undone:
             return False
