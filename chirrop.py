@@ -1396,10 +1396,6 @@ class _SpoolFile:
             batch.place = self, ids, number
             batch.items.extend([body for _, body in rows])
 
-    def is_grown(self) -> bool:
-        """Tell whether much has been written since the last checkpoint."""
-        return bool(self.conn.total_changes - self.changes >= _TEND_ROWS)
-
     def work_off(self) -> None:
         """Remove settled rows, or make them dead letters; what fails is done the next time."""
         while self.undone:
@@ -1856,9 +1852,7 @@ class SqliteSpool:
                 self._attempt(held, self._count, held)
             if held.undone:
                 _exclusively(self.lock, self._attempt, held, held.work_off)
-            if any(self._attempt(held, held.is_grown)):
-                self._attempt(held, self._aside, held, "PRAGMA wal_checkpoint(PASSIVE)")
-                _exclusively(self.lock, self._attempt, held, self._finish_checkpoint, held)
+            self._attempt(held, self._checkpoint, held)
         for orphan in self._orphans:
             if self._is_done(orphan):
                 self._let_go(orphan)
@@ -1925,6 +1919,12 @@ class SqliteSpool:
             if free > _FREE_PAGES:
                 self._aside(file, "VACUUM")
                 self._aside(file, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _checkpoint(self, file: _SpoolFile) -> None:
+        """Copy the WAL into the file, when much has been written since the last time."""
+        if file.conn.total_changes - file.changes >= _TEND_ROWS:
+            self._aside(file, "PRAGMA wal_checkpoint(PASSIVE)")
+            _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
 
     def _finish_checkpoint(self, file: _SpoolFile) -> None:
         """Begin the WAL anew, after most of it has been copied while others went on writing."""
