@@ -1469,7 +1469,7 @@ class SqliteSpool:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ChirrOpValidationError(f"path must be a file path, got {_show(path)}")
         self._sqlite3 = sqlite3
-        self._failures = (OSError, ValueError, OverflowError, TypeError, sqlite3.Error)
+        self._failures = (_NoSpool, OSError, ValueError, OverflowError, TypeError, sqlite3.Error)
         self.path = os.path.abspath(os.fspath(path))
         self.max_bytes = _integer("max_bytes", max_bytes, 0)
         self.synchronous = _choice("synchronous", synchronous, ("NORMAL", "FULL"))
@@ -1503,7 +1503,7 @@ class SqliteSpool:
         if self.required:
             try:
                 spool._own = spool._claim()
-            except (*self._failures, _NoSpool) as exc:
+            except self._failures as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {self.path} cannot be used: {exc}") from exc
@@ -1530,7 +1530,7 @@ class SqliteSpool:
         for path in self._paths():
             try:
                 rows += self._dead_rows(path, remove)
-            except (OSError, _NoSpool, self._sqlite3.Error) as exc:
+            except self._failures as exc:
                 if _is_from_handler(exc):
                     raise
                 raise ChirrOpError(f"spool {path} cannot be read: {exc}") from exc
@@ -1658,7 +1658,7 @@ class SqliteSpool:
         if self._own is None and due and not _is_inside(SqliteSpool._claim.__code__):
             try:
                 self._own = self._claim()
-            except (*self._failures, _NoSpool) as exc:
+            except self._failures as exc:
                 if _is_from_handler(exc):
                     raise
                 self._trouble(None, exc)
@@ -1705,7 +1705,7 @@ class SqliteSpool:
     def _is_damage(self, exc: BaseException) -> bool:
         """Tell damage from a matter of the disk or of locks."""
         sqlite3, text = self._sqlite3, str(exc)
-        if isinstance(exc, (_NoSpool, sqlite3.ProgrammingError)):  # the latter: it was closed
+        if isinstance(exc, sqlite3.ProgrammingError):  # it was closed
             return False
         if isinstance(exc, sqlite3.OperationalError):  # some damage is reported as one
             return any(words in text for words in ("no such", "malformed", "UTF-8"))
@@ -1885,7 +1885,7 @@ class SqliteSpool:
                 file = self._open(path, create=False)
                 if file is not None:
                     self._keep(file)
-            except (*self._failures, _NoSpool) as exc:
+            except self._failures as exc:
                 if _is_from_handler(exc):
                     raise  # else it is no spool, or cannot be used now
 
