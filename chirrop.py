@@ -1164,8 +1164,6 @@ class _Memory:
     lost = 0  # logs that were lost with a damaged file, to be accounted for: none are here
 
     def __init__(self) -> None:
-        self.batches: _Batches = tuple
-        self.is_over: Callable[[], bool] = bool
         self.after_fork()
 
     def after_fork(self) -> None:
