@@ -2899,7 +2899,7 @@ class _Sender:
         self._lead = threading.Lock()  # held by the one thread that waits for work
         self._bell = _Bell()  # wakes it
         self._wake_at = 1.0  # the buffer's level at which put() does; 1 is always right
-        self._callers: list[tuple[Callable[[], bool], _Bell]] = []  # who wait, and for what
+        self._callers: dict[_Bell, Callable[[], bool]] = {}  # who wait, and for what
 
     def after_fork(self) -> None:
         """Forget the parent's threads: they do not exist in a child process."""
@@ -3002,7 +3002,7 @@ class _Sender:
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
-                for _, bell in list(self._callers):  # they look whether there is still a sender
+                for bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 
     def _turn(self, threads: _Crew) -> bool:
@@ -3062,10 +3062,9 @@ class _Sender:
 
     def _look(self) -> None:
         """Wake the callers whose wait is over."""
-        for caller in list(self._callers):
-            ready, bell = caller
+        for bell, ready in self._callers.copy().items():
             if ready():
-                _discard(self._callers, caller)
+                self._callers.pop(bell, None)
                 bell.ring()
 
     def _announce(self) -> None:
@@ -3081,17 +3080,16 @@ class _Sender:
         wait: Callable[[_Bell, float], object],
     ) -> bool:
         """Wait until `ready()`, at which senders look after each answer; return what it says."""
-        caller = ready, _Bell()
+        bell = _Bell()
         try:
             while True:
-                if caller not in self._callers:
-                    self._callers.append(caller)
+                self._callers[bell] = ready
                 left = deadline - self._clock()
                 if ready() or left <= 0:
                     return ready()
-                wait(caller[1], left)
+                wait(bell, left)
         finally:
-            _discard(self._callers, caller)
+            self._callers.pop(bell, None)
 
     def _help(self, bell: _Bell, left: float) -> None:
         """Wait for the senders; where there are none, and can be none, do a piece of their work."""
@@ -3184,13 +3182,6 @@ class _Sender:
         else:
             self._link.close()
             _open_senders.discard(self)
-
-
-def _discard(things: list[Any], thing: object) -> None:
-    try:
-        things.remove(thing)
-    except ValueError:  # another thread was faster
-        pass
 
 
 # Every client with unsent logs, or one that may still get some. Held strongly: a client may be
