@@ -3175,9 +3175,7 @@ class _Sender:
         """Send what is held, then end: the client is gone. Called by the garbage collector."""
         if ending():  # the exit hook has run, and the names of this module are going
             return
-        if any(self._threads):
-            self._bell.ring()
-        elif self.outbox.held() or self.outbox.buffer.is_open():
+        if any(self._threads) or self.outbox.held() or self.outbox.buffer.is_open():
             self.wake()
         else:
             self._link.close()
