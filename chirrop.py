@@ -3034,9 +3034,7 @@ class _Sender:
             self._look()  # the buffer may have lost what somebody waits for
             self.report.kick()
             self._wake_at = outbox.wake_level(self._clock())
-            wait = min(tend_in, outbox.due_in(self._clock()))
-            if wait > 0:
-                self._bell.wait(wait)
+            self._bell.wait(min(tend_in, outbox.due_in(self._clock())))
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:
