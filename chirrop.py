@@ -1708,7 +1708,7 @@ class SqliteSpool:
     @_guarded
     def _give_up(self, file: _SpoolFile) -> None:
         try:
-            file.close(removable=file.path != self.path)
+            file.close(removable=file.path != self.path)  # the first one stays
         except (OSError, AttributeError, self._sqlite3.Error):
             pass  # it is damaged, or was closed before
         if file is self._own:
@@ -1887,7 +1887,7 @@ class SqliteSpool:
         if orphan.conn.execute(_SQL_READ, (0, 1)).fetchall():
             _exclusively(self.lock, self._enlist, orphan)
         else:
-            orphan.close(removable=orphan.path != self.path)
+            self._give_up(orphan)
 
     def _enlist(self, orphan: _SpoolFile) -> None:
         self._orphans += (orphan,)
