@@ -1105,7 +1105,6 @@ def _guarded(work: _Method) -> _Method:
     def guarded(self: Any, *args: Any) -> Any:
         return _exclusively(self.lock, work, self, *args)
 
-    guarded.__doc__ = work.__doc__
     return guarded  # type: ignore[return-value]
 
 
