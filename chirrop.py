@@ -1206,7 +1206,7 @@ _TEND_ROWS = 4000  # rows written between two checkpoints, and logs that wait be
 _FREE_PAGES = 16  # in a drained file: what is more goes back to the disk
 _ORPHANS = 8  # of dead processes' files held at once
 _ADOPT_SECONDS = 1.0  # from work done to a look for what dead processes left
-_SQL_CREATE = (
+_SQL_CREATE = (  # changes nothing in a file that is a spool; fails if it is read-only
     "PRAGMA page_size = 2048",  # a commit writes whole pages: half of the default is enough
     "BEGIN IMMEDIATE",
     # Rows with an error are dead letters.
@@ -1313,8 +1313,8 @@ def _check_neighbours(path: str) -> None:
             _check_owner(path + suffix, found)
 
 
-def _check_header(path: str) -> bool:
-    """Tell whether a file is a spool (False: it is empty), or refuse it.
+def _check_header(path: str) -> None:
+    """Refuse a file that is neither a spool nor empty.
 
     Only for a file whose lock we hold: closing a file that SQLite has open in this process would
     drop SQLite's own locks.
@@ -1326,7 +1326,7 @@ def _check_header(path: str) -> bool:
     finally:
         os.close(fd)
     if not header:
-        return False
+        return
     if not header.startswith(b"SQLite format 3\0"):
         raise _NoSpool("it is no spool")
     version, application = int.from_bytes(header[60:64], "big"), int.from_bytes(header[68:], "big")
@@ -1337,7 +1337,6 @@ def _check_header(path: str) -> bool:
         )
     if version > _SPOOL_VERSION:
         raise _NoSpool("it was written by a newer version of chirrop")
-    return True
 
 
 class _SpoolFile:
@@ -1602,11 +1601,9 @@ class SqliteSpool:
         try:
             if not os.path.lexists(path):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            ready = _check_header(path)
+            _check_header(path)
             conn = self._connect(path, "rw")
-            # SQLite may just have undone a creation that was killed in the middle.
-            ready = ready and conn.execute("PRAGMA application_id").fetchall() == [(_SPOOL_ID,)]
-            self._prepare(conn, () if ready else _SQL_CREATE)
+            self._prepare(conn)
             file = _SpoolFile(path, lock, conn)
             _check_neighbours(path)  # SQLite has made them by now, or found somebody else's
         except BaseException as exc:
@@ -1634,13 +1631,12 @@ class SqliteSpool:
                 raise _NoSpool(f"{os.path.basename(path)}{suffix} is there already")
         return False
 
-    def _prepare(self, conn: Any, creation: Iterable[str]) -> None:
-        for statement in creation:
+    def _prepare(self, conn: Any) -> None:
+        for statement in _SQL_CREATE:
             conn.execute(statement)
         conn.execute("PRAGMA journal_mode = WAL").fetchall()
         conn.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # tend() does it
         conn.execute(f"PRAGMA synchronous = {self.synchronous}")
-        conn.execute(f"PRAGMA user_version = {_SPOOL_VERSION}")  # fails if it is read-only
 
     @_guarded
     def _usable(self) -> _SpoolFile | None:
