@@ -2052,9 +2052,6 @@ class _Answer:
         self.status, self.body, self.cause = status, body, cause
         self.headers: Mapping[str, str] = headers or {}
 
-    def retry_after(self) -> float | None:
-        return _retry_after(self.headers, time.time())
-
     def never_sent(self) -> bool:
         """Tell whether the request certainly did not reach the server: no connection was made."""
         return isinstance(self.cause, ConnectionRefusedError) or getattr(
@@ -2079,7 +2076,7 @@ class _Answer:
             status_code=self.status,
             code=code and _one_line(code),
             body=kept,
-            retry_after=self.retry_after(),
+            retry_after=_retry_after(self.headers, time.time()),
         )
 
     def _no_answer(self) -> str:
