@@ -2779,9 +2779,13 @@ class _Reporter:
 
     def due(self) -> bool:
         """Tell whether there is something to tell."""
-        state = self._outbox.state
-        drops = state.unsaid and time.monotonic() >= self._next.get("drops", 0.0)
-        return bool(self._notes or drops or state.untold)
+        return bool(self._notes or self._outbox.state.untold or self._unsaid())
+
+    def _unsaid(self, final: bool = False) -> dict[str, tuple[int, str]]:
+        """Return the drops to be written now; `final` lets no limit hold them back."""
+        if final or time.monotonic() >= self._next.get("drops", 0.0):
+            return self._outbox.state.unsaid
+        return {}
 
     def kick(self) -> bool:
         """Tell what is due in a thread of its own; False where there can be none."""
@@ -2840,15 +2844,11 @@ class _Reporter:
 
     def write(self, final: bool = False) -> None:
         """Hand notes and drops, added up, to the logger; nothing inside one of its handlers."""
-        state = self._outbox.state
-        if (not self._notes and not state.unsaid) or _is_inside(_Reporter._write.__code__):
-            return
-        if final or time.monotonic() >= self._next.get("drops", 0.0):
-            self._write(state)
-        else:
-            self._write(_State())
+        unsaid = self._unsaid(final)
+        if (self._notes or unsaid) and not _is_inside(_Reporter._write.__code__):
+            self._write(unsaid)
 
-    def _write(self, state: _State) -> None:
+    def _write(self, unsaid: dict[str, tuple[int, str]]) -> None:
         import logging
 
         logger = logging.getLogger("chirrop")
@@ -2857,9 +2857,9 @@ class _Reporter:
         try:
             for _ in range(len(self._notes)):
                 logger.log(*self._notes.popleft())
-            for reason, (before, text) in state.unsaid.items():
+            for reason, (before, text) in unsaid.items():
                 self._next["drops"] = time.monotonic() + REPORT_SECONDS
-                count = state.dropped[reason]
+                count = self._outbox.state.dropped[reason]
                 logger.error("dropped %d logs (%s): %s", count - before, reason, text)
                 self._outbox.said(reason, count)
         except IndexError:  # a race for the last note
