@@ -3036,7 +3036,7 @@ class _Sender:
         if self.outbox.state.stopped:  # before there was a body that it could have taken back
             return
         url = self._config.api_endpoint
-        answer = self._link.attempt("POST", url, batch.bodies, timeout, answers=batch.answers)
+        answer = self._link.attempt("POST", url, batch.bodies, timeout, True, batch.answers)
         if self._threads is not threads:
             return  # in a forked child, where the batch is the parent's
         verdict = _verdict(_INGEST, answer.status)
@@ -3592,15 +3592,13 @@ class _Link:
         url: str,
         bodies: Sequence[bytes | None],
         timeout: float,
-        repeatable: bool = True,
-        answers: list[Any] | None = None,
+        repeatable: bool,
+        answers: list[Any],
     ) -> _Answer:
         """Return the answer to one request; `answers` has it before anything can interrupt.
 
         `bodies` holds its body. As long as the transport has not been called, it may be taken out.
         """
-        if answers is None:
-            answers = []
         headers = {"Authorization": _Secret(f"Bearer {self._key}"), "Accept": "application/json"}
         if None not in bodies:
             headers["Content-Type"] = "application/json"
@@ -4072,7 +4070,7 @@ class Client:
         attempt = 0
         while True:
             attempt += 1
-            answer = self._link.attempt(method, url, [body], policy.timeout, repeatable)
+            answer = self._link.attempt(method, url, [body], policy.timeout, repeatable, [])
             verdict = _verdict(policy.verdicts, answer.status)
             if verdict == _DELIVERED:
                 return answer
