@@ -2213,22 +2213,6 @@ class Stats(namedtuple("Stats", "accepted delivered dropped queued in_flight ret
     last_error: ChirrOpError | None
 
 
-def _dropped(
-    state: _State, reason: str, count: int, items: list[bytes] | None, error: ChirrOpError
-) -> _State:
-    """Return the state after a drop: counted, and to be reported; items: what on_drop is to get."""
-    unsaid = state.unsaid.get(reason, (state.dropped.get(reason, 0), str(error)))
-    untold = state.untold
-    if items is not None:
-        untold = (*untold, _Drop(items, error))
-    return state._replace(
-        dropped={**state.dropped, reason: state.dropped.get(reason, 0) + count},
-        untold=untold[:MAX_UNTOLD],
-        unsaid={**state.unsaid, reason: unsaid},
-        last_error=error,
-    )
-
-
 class _Flush:
     """A caller that waits for every log before `mark`."""
 
@@ -2245,7 +2229,6 @@ class _Outbox:
         self.buffer, self._config, self._rand = buffer, config, rand
         buffer.batches = self.batches
         buffer.is_over = lambda: self.state.stopped
-        self.is_telling: Callable[[], bool] = lambda: False  # is this thread in on_drop?
         self._start()
 
     def _start(self) -> None:
@@ -2293,9 +2276,9 @@ class _Outbox:
         """Account for logs that send_logs has delivered."""
         self._set(delivered=self.state.delivered + count)
 
-    def refuse(self, reason: str, items: list[bytes], error: ChirrOpError) -> None:
-        """Account for a log that is dropped before it is queued."""
-        self.refusals.append((reason, self._for_on_drop(items), error))
+    def refuse(self, reason: str, items: list[bytes] | None, error: ChirrOpError) -> None:
+        """Account for a log that is dropped before it is queued; see _dropped."""
+        self.refusals.append((reason, items, error))
         self.count_refusals()
 
     def count_refusals(self) -> None:
@@ -2310,14 +2293,26 @@ class _Outbox:
             reason, items, error = refusal
             if refusal is not self.state.counted:  # else interrupted before it was taken out
                 state = self.state._replace(counted=refusal)
-                self.state = _dropped(state, reason, 1, items, error)
+                self.state = self._dropped(state, reason, 1, items, error)
             self.refusals.popleft()
 
-    def _for_on_drop(self, items: list[bytes]) -> list[bytes] | None:
-        """Return the logs that on_drop is to get; None for those that it has logged itself."""
-        if self._config.on_drop is None or self.is_telling():
-            return None
-        return items
+    def _dropped(
+        self, state: _State, reason: str, count: int, items: list[bytes] | None, error: ChirrOpError
+    ) -> _State:
+        """Return the state after a drop: counted, and to be reported.
+
+        on_drop gets `items`; None: it is not told, of what it has logged itself.
+        """
+        unsaid = state.unsaid.get(reason, (state.dropped.get(reason, 0), str(error)))
+        untold = state.untold
+        if items is not None and self._config.on_drop is not None:
+            untold = (*untold, _Drop(items, error))
+        return state._replace(
+            dropped={**state.dropped, reason: state.dropped.get(reason, 0) + count},
+            untold=untold[:MAX_UNTOLD],
+            unsaid={**state.unsaid, reason: unsaid},
+            last_error=error,
+        )
 
     def _set(self, **changes: Any) -> None:
         self.state = self.state._replace(**changes)
@@ -2491,8 +2486,7 @@ class _Outbox:
             if batch.first < flush.mark:
                 flush.clean = False
         state = state._replace(settled=state.settled + len(batch.items))
-        items = self._for_on_drop(batch.items)
-        self.state = _dropped(state, reason, len(batch.items), items, error)
+        self.state = self._dropped(state, reason, len(batch.items), batch.items, error)
 
     def _catch_up(self) -> None:
         """Account for what a spool has taken over, or lost, since this was asked last."""
@@ -2504,7 +2498,7 @@ class _Outbox:
         if lost:  # with a damaged file; nobody can read them any more
             state = self.state._replace(settled=self.state.settled + lost)
             error = ChirrOpError("they are in a damaged spool file")
-            self.state = _dropped(state, "damaged", lost, self._for_on_drop([]), error)
+            self.state = self._dropped(state, "damaged", lost, [], error)
 
     # Flush and close.
 
@@ -2881,7 +2875,6 @@ class _Sender:
     ) -> None:
         self.outbox, self._link, self._config, self._clock = outbox, link, config, clock
         self.report = _Reporter(outbox, config)
-        outbox.is_telling = lambda: _is_inside(_Reporter._call.__code__)
         self.owner: Callable[[], object] = lambda: self  # a client puts a weak reference to it here
         self._start()
 
@@ -2923,7 +2916,8 @@ class _Sender:
 
     def refuse(self, reason: str, item: bytes, error: ChirrOpError) -> None:
         """Account for a log that is dropped before it is queued, and report it."""
-        self.outbox.refuse(reason, [item], error)
+        telling = _is_inside(_Reporter._call.__code__)
+        self.outbox.refuse(reason, None if telling else [item], error)
         self._announce()
 
     def _put_bounded(self, data: bytes) -> None:

@@ -4169,6 +4169,30 @@ class CallbackAndLoggingTest(ProcessTestCase):
         self.assertEqual(calls, [1, 1])
         self.assertEqual(self.assertBalanced(client).dropped, {"closed": 4})
 
+    def test_on_drop_is_told_of_what_a_close_of_its_own_drops(self):
+        told, sent, go, over = [], threading.Event(), threading.Event(), threading.Event()
+
+        def on_drop(logs, error):
+            told.extend(log["event"] for log in logs)
+            client.close(0)
+            over.set()
+
+        def transport(method, url, body, headers, timeout):
+            sent.set()
+            go.wait(LONG)
+            return 401, b"", {}
+
+        client = self.client(transport=transport, flush_delay=0, on_drop=on_drop)
+        client.log(Log("refused", 1))
+        self.assertTrue(sent.wait(LONG))
+        for _ in range(300):
+            client.log(Log("closed", 1))
+        go.set()
+        self.assertTrue(over.wait(LONG))
+        self.reported(client)
+        self.assertEqual(sum(client.stats().dropped.values()), 301)
+        self.assertEqual(len(told), 301)
+
     def test_a_logging_handler_that_feeds_this_client_does_not_feed_back(self):
         for status in (401, 400, ConnectionError("down")):
             for raises in (False, True):
