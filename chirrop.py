@@ -1660,8 +1660,7 @@ class SqliteSpool:
         """
         conn = self._connect(file.path, "rw")
         try:
-            rows: list[Any] = conn.execute(sql, args).fetchall()
-            return rows
+            return conn.execute(sql, args).fetchall()
         finally:
             conn.close()
 
@@ -1753,7 +1752,7 @@ class SqliteSpool:
             others = sum(other.st_size for other in found if other is not None)
             self._others = (time.monotonic() + 1.0, others)
         # Four pages of reserve: one log may split pages up to the root.
-        return bool((pages - free + 4) * size + others > self.max_bytes)
+        return (pages - free + 4) * size + others > self.max_bytes
 
     def _files(self) -> list[_SpoolFile]:
         return [file for file in (*self._orphans, self._own) if file is not None]
@@ -1826,11 +1825,10 @@ class SqliteSpool:
 
     def tend(self) -> float:
         """Move logs from memory to the file, take over orphans, and keep the WAL small."""
-        wait: float = _exclusively(self.tending, self._tend)
-        return wait
+        return _exclusively(self.tending, self._tend)
 
     def _tend(self) -> float:
-        file: _SpoolFile | None = self._usable()
+        file = self._usable()
         if file is not None and time.monotonic() >= self._retry_at:
             self._store_inbox(file)
         if time.monotonic() >= self._look_at:
@@ -2269,7 +2267,7 @@ class _Outbox:
     @_guarded
     def held(self) -> int:
         """Return the number of logs that may still be delivered by this client."""
-        return int(self.buffer.size()) + sum(len(batch.items) for batch in self.state.batches)
+        return self.buffer.size() + sum(len(batch.items) for batch in self.state.batches)
 
     @_guarded
     def count_delivered(self, count: int) -> None:
@@ -2354,7 +2352,7 @@ class _Outbox:
         more = self._config.batch_size - size if size else 1
         if self._is_busy() or (size and now < self.state.resume_at):
             more = _TEND_ROWS  # nothing could be sent; but the buffer may need tending
-        return float(self.buffer.level() + max(1, more))
+        return self.buffer.level() + max(1, more)
 
     def _taken(self) -> int:
         """Return how many logs have been taken from the buffer."""
@@ -2581,8 +2579,7 @@ class _Outbox:
 
     def stats(self) -> Stats:
         self.count_refusals()
-        stats: Stats = self._stats()
-        return stats
+        return self._stats()
 
     @_guarded
     def _stats(self) -> Stats:
@@ -3125,7 +3122,7 @@ class _Sender:
             return False  # senders go on; the exit hook, or another close, ends them
         clean = self.outbox.state.stopped or self.flush(deadline)
         self.shut(clean, deadline)
-        return bool(self.outbox.state.clean)
+        return self.outbox.state.clean
 
     def shut(self, clean: bool, deadline: float) -> None:
         """End all sending now, and report what that drops; waits for threads until `deadline`."""
