@@ -1367,6 +1367,10 @@ class _SpoolFile:
         self.known = max(0, self.count + last - self.last - number)
         return self.known
 
+    def add(self, data: bytes) -> None:
+        self.conn.execute(_SQL_INSERT, (max(self.last, self.settled[0]), data))
+        self.known += 1
+
     def move(self, logs: deque[bytes]) -> None:
         """Take the oldest of these logs: one call of C, which commits it and then removes it."""
         if logs:
@@ -1727,7 +1731,7 @@ class SqliteSpool:
             raise ChirrOpQueueFullError(
                 f"spool is full: {self.path} has reached {self.max_bytes} bytes"
             )
-        if file is None or not self._attempt(file, file.move, deque([data])):
+        if file is None or not self._attempt(file, file.add, data):
             self._inbox.append(data)
         self._puts += 1
 

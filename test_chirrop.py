@@ -1439,7 +1439,7 @@ class Simulation:
     STRIKES = Interrupt, TimeLimit, NoMemory, TooDeep
     # What may find the disk full, or locked.
     file = chirrop._SpoolFile
-    DISK = file.fill, file.move, file.work_off, file.size
+    DISK = file.add, file.fill, file.move, file.work_off, file.size
 
     FILL = file.fill.__code__
 
