@@ -1674,7 +1674,7 @@ class SqliteSpool:
             return ()
         try:
             return (work(*args),)
-        except self._failures as exc:
+        except (*self._failures, AttributeError) as exc:  # the last: it was given up meanwhile
             if _is_from_handler(exc):
                 raise
             self._trouble(file, exc)
@@ -2966,12 +2966,11 @@ class _Sender:
         if threads.start(self._run, "chirrop-sender", self.outbox.state.width, threads):
             self._bell.ring()
             return
-        # flush, close and exit send in their own thread.
+        # flush, close and exit send in their own thread; look again with the next batch.
+        self._wake_at = self.outbox.buffer.level() + self._config.batch_size
         if _has_no_threads():
             text = "uWSGI has no threads here (see its enable-threads)"
             self.report.note("uwsgi", _WARNING, f"{text}: logs go out at flush() and at exit only")
-        else:  # look again with the next batch
-            self._wake_at = self.outbox.buffer.level() + self._config.batch_size
 
     def _run(self, threads: _Crew) -> None:
         """Send until the client is closed; `threads` is another list in a forked child, into which
@@ -3018,10 +3017,11 @@ class _Sender:
             if self.owner() is None and not outbox.held():
                 self.shut(True, 0.0)
                 break
-            self._look()  # the buffer may have lost what somebody waits for
             self.report.kick()
             self._wake_at = outbox.wake_level(self._clock())
-            self._bell.wait(min(tend_in, outbox.due_in(self._clock())))
+            wait = min(tend_in, outbox.due_in(self._clock()))
+            self._look()  # the buffer may have lost what somebody waits for
+            self._bell.wait(wait)
         return None
 
     def _deliver(self, batch: _Batch, timeout: float) -> None:

@@ -2037,6 +2037,22 @@ class SpoolTest(ProcessTestCase):
             client.log(Log("x", count))
             self.assertEqual(self.rows(path), count)
 
+    def test_a_file_given_up_in_the_middle_of_a_look_at_it_is_no_failure(self):
+        path, transport = self.spool(), FakeTransport()
+        client = self.client(spool=path, transport=transport, flush_delay=60)
+        client.log(Log("x", 1))
+        spool = client._outbox.buffer
+        file = spool._own
+
+        def look():
+            spool._give_up(file)  # as another thread does it
+            return file.conn.total_changes
+
+        self.assertEqual(spool._attempt(file, look), ())
+        client.log(Log("x", 2))
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual((len(transport.logs()), self.records), (2, []))
+
     def test_leaving_with_takes_at_most_exit_timeout_where_the_log_is_on_disk(self):
         path, transport = self.spool(), FakeTransport()
         busy = FakeTransport(default=(429, b"", {"Retry-After": "300"}))
@@ -4105,6 +4121,15 @@ for options in {}, {"enable-threads": True}, {"threads": b"4"}:
         said = self.run_program(code, server.url, stderr=told)
         self.assertEqual(len(said), 18)
         self.assertEqual(sorted(server.stored), sorted(said))
+
+    def test_where_no_thread_can_be_had_one_is_tried_for_once_a_batch(self):
+        self.patch(chirrop, "_has_no_threads", lambda: True)
+        client = self.client(batch_size=100, flush_delay=60)
+        with mock.patch.object(client._sender, "_spawn", wraps=client._sender._spawn) as spawn:
+            for n in range(250):
+                client.log(Log("x", n))
+        self.assertLessEqual(spawn.call_count, 3)
+        self.assertTrue(client.flush(LONG))
 
 
 # ---- Callbacks, logging, memory -------------------------------------------
