@@ -2023,7 +2023,7 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
     `now` is Unix seconds, for the header's other form, an HTTP date.
     """
-    text = next((str(v).strip() for k, v in headers.items() if str(k).lower() == "retry-after"), "")
+    text = headers.get("retry-after", "").strip()
     if not text:
         return None
     if not text.strip("0123456789.") and text.count(".") <= 1 and text != ".":
@@ -2040,7 +2040,10 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 class _Answer:
-    """What became of one attempt: a status with its body and headers, or 0 and the exception."""
+    """What became of one attempt: a status with its body and headers, or 0 and the exception.
+
+    The names of the headers are in lower case.
+    """
 
     __slots__ = ("status", "body", "headers", "cause")
 
@@ -2091,9 +2094,8 @@ class _Answer:
         """Return the first text that says more than the status does; markup is not for people."""
         import http
 
-        fields = {name.lower(): value for name, value in self.headers.items()}
         if 300 <= self.status < 400:
-            place = fields.get("location", "").partition("?")[0]
+            place = self.headers.get("location", "").partition("?")[0]
             there = place and f", this one leads to {place}"
             return f"redirects are not followed{there}; check the endpoint"
         if self.status == 407:
@@ -2103,8 +2105,8 @@ class _Answer:
         for text in texts:
             if text and text.lower() != phrase and not text.startswith("<"):
                 return text
-        if "server" in fields:
-            phrase += f" (from {fields['server']})"
+        if "server" in self.headers:
+            phrase += f" (from {self.headers['server']})"
         return phrase
 
 
@@ -3607,7 +3609,7 @@ class _Link:
             if not isinstance(status, int) or not isinstance(content, (bytes, bytearray)):
                 kinds = f"{type(status).__name__}, {type(content).__name__}"
                 raise TypeError(f"transport returned {kinds}")
-            fields = {str(name): str(value) for name, value in fields.items()}
+            fields = {str(name).lower(): str(value) for name, value in fields.items()}
         except (MemoryError, RecursionError):  # this thread's, not the network's
             raise
         except Exception as exc:  # a transport may be the application's; its errors end no sender

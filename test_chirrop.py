@@ -264,7 +264,7 @@ class ErrorTest(TestCase):
     def test_each_status_has_its_error_with_status_body_and_retry_after(self):
         for status, kind in self.KINDS.items():
             with self.subTest(status):
-                answer = chirrop._Answer(status, b'{"error": "because"}', {"retry-AFTER": "7"})
+                answer = chirrop._Answer(status, b'{"error": "because"}', {"retry-after": "7"})
                 error = answer.error()
                 self.assertIs(type(error), getattr(chirrop, f"ChirrOp{kind}Error"))
                 self.assertEqual(
@@ -314,7 +314,7 @@ class ErrorTest(TestCase):
 
     def test_of_a_proxys_page_the_status_and_the_servers_name_are_told(self):
         for status, server, page in self.PAGES:
-            error = chirrop._Answer(status, page.encode(), {"SERVER": server}).error()
+            error = chirrop._Answer(status, page.encode(), {"server": server}).error()
             phrase = http.client.responses[status].lower()
             self.assertEqual(str(error), f"HTTP {status}: {phrase} (from {server})")
             self.assertEqual((error.code, error.body), (None, page.strip()))
@@ -324,7 +324,7 @@ class ErrorTest(TestCase):
     def test_a_redirect_tells_where_to_but_no_query(self):
         for headers, text in (
             ({}, "redirects are not followed; check the endpoint"),
-            ({"Location": "https://login.example/x?token=1"}, "redirects are not followed, this one"
+            ({"location": "https://login.example/x?token=1"}, "redirects are not followed, this one"
              " leads to https://login.example/x; check the endpoint"),
         ):  # fmt: skip
             self.assertEqual(
@@ -340,7 +340,7 @@ class ErrorTest(TestCase):
             ({"http_proxy": "http://p:1", "https_proxy": "http://p:1"}, "http{}_proxy"),
         ):
             os.environ.update(environment)
-            error = chirrop._Answer(407, b"<html>", {"Server": "squid/5.7"}).error()
+            error = chirrop._Answer(407, b"<html>", {"server": "squid/5.7"}).error()
             self.assertEqual(str(error), f"HTTP 407: {advice}{source.format('')}")
             error = chirrop._Answer(0, cause=tunnel).error()
             self.assertEqual(
@@ -946,9 +946,9 @@ class PolicyTest(TestCase):
             ("-5", None), ("nan", None), ("inf", None), ("1e3", None), ("1_0", None), ("\uff11\uff12", None), ("", None), (".", None), ("1.2.3", None),
             ("soon", None), ("Fri, 99 Foo 2026 99:99:99 GMT", None), ("\x00", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
         ):  # fmt: skip
-            for name in ("Retry-After", "retry-after", "RETRY-AFTER"):
-                with self.subTest(text[:40]):
-                    self.assertEqual(chirrop._retry_after({"x": "1", name: text}, now), seconds)
+            with self.subTest(text[:40]):
+                headers = {"x": "1", "retry-after": text}
+                self.assertEqual(chirrop._retry_after(headers, now), seconds)
         self.assertIsNone(chirrop._retry_after({}, now))
 
 
@@ -1241,7 +1241,7 @@ class OutboxTest(TestCase):
         outbox = self.outbox()
         self.fill(outbox, 1)
         flush = outbox.begin_flush(0.0)
-        self.answer(outbox, self.take(outbox), 429, headers={"Retry-After": "60"})
+        self.answer(outbox, self.take(outbox), 429, headers={"retry-after": "60"})
         self.assertIsNone(self.take(outbox, 1.0))
         again = outbox.begin_flush(1.0)
         batch = self.take(outbox, 1.0)
@@ -1570,7 +1570,7 @@ class Simulation:
         if any(log["log_id"] in self.poison for log in logs):
             return self.rng.choice((400, 413, 422)), b'{"error": "poison"}', {}
         if roll == "status":
-            after = self.rng.choice(({}, {"Retry-After": "2"}, {"Retry-After": "nan"}))
+            after = self.rng.choice(({}, {"retry-after": "2"}, {"retry-after": "nan"}))
             statuses = 302, 401, 403, 404, 408, 413, 429, 500, 502, 503, 504, 599
             return self.rng.choice(statuses), b"", after
         self.stored.update(ids(logs))
