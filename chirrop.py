@@ -3329,7 +3329,6 @@ class _UrllibTransport:
         self._opener: Any = None
         self._idle: dict[tuple[str, str, str], deque[tuple[Any, float]]] = {}
         self._busy: set[Any] = set()  # connections on which a request is under way
-        self._pid = os.getpid()
         self._closed = False
 
     def __call__(
@@ -3514,8 +3513,6 @@ class _UrllibTransport:
 
     def _checkout(self, place: tuple[str, str, str]) -> Any:
         """Return a kept connection that looks alive, or None."""
-        if self._pid != os.getpid():
-            self.after_fork()
         idle = self._idle.get(place)
         while idle:
             try:
@@ -3529,7 +3526,7 @@ class _UrllibTransport:
 
     def after_fork(self) -> None:
         """Close this process's copies of the parent's sockets; its connections stay open."""
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._lock = threading.Lock()
         idle, self._idle = self._idle, {}
         busy, self._busy = self._busy, set()
         for kept in idle.values():
@@ -4064,6 +4061,7 @@ class Client:
         self, policy: _Policy, method: str, url: str, body: bytes | None, repeatable: bool
     ) -> _Answer:
         """Return a 2xx answer, after the further attempts that the policy allows, or raise."""
+        sender = self._here()
         attempt = 0
         while True:
             attempt += 1
@@ -4081,7 +4079,7 @@ class Client:
                 or wait > policy.longest
             ):
                 raise error
-            if self._sender.pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
+            if sender.pause(_backoff(attempt, error.retry_after, self._outbox._rand)):
                 raise error
 
     # Events, their logs and analytics.
