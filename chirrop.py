@@ -3623,13 +3623,11 @@ class _Link:
         return _Answer(status, bytes(content), fields)
 
     def after_fork(self) -> None:
-        try:
-            getattr(self._transport, "after_fork", lambda: None)()
-        except Exception:
-            pass  # the application's: it must not keep other clients from starting anew
+        if isinstance(self._transport, _UrllibTransport):  # another one is its maker's to mend
+            self._transport.after_fork()
 
     def close(self) -> None:
-        if isinstance(self._transport, _UrllibTransport):  # another one is its maker's to close
+        if isinstance(self._transport, _UrllibTransport):  # and to close
             self._transport.close()
 
 
