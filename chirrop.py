@@ -3325,7 +3325,7 @@ class _UrllibTransport:
 
     def __init__(self, ssl_context: Any = None) -> None:
         self._context = ssl_context
-        self._lock = threading.Lock()  # guards the making of _opener and _context
+        self._lock = threading.Lock()  # guards the making of _context
         self._opener: Any = None
         self._idle: dict[tuple[str, str, str], deque[tuple[Any, float]]] = {}
         self._busy: set[Any] = set()  # connections on which a request is under way
@@ -3337,7 +3337,8 @@ class _UrllibTransport:
         import http.client
         import urllib.request
 
-        opener = self._opener or self._build()
+        # Two threads may make one each: it is the transport that has the connections.
+        self._opener = opener = self._opener or self._build()
         # The opener has handlers for http and https alone.
         request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
         try:
@@ -3359,16 +3360,13 @@ class _UrllibTransport:
             https_open = http_open
             http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-        with self._lock:
-            if self._opener is None:
-                opener = urllib.request.OpenerDirector()
-                opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
-                opener.add_handler(urllib.request.ProxyHandler())
-                opener.add_handler(Handler())
-                # Refuses all but http and https.
-                opener.add_handler(urllib.request.UnknownHandler())
-                self._opener = opener
-        return self._opener
+        opener = urllib.request.OpenerDirector()
+        opener.addheaders = [("User-Agent", f"chirrop-python/{__version__}")]
+        opener.add_handler(urllib.request.ProxyHandler())
+        opener.add_handler(Handler())
+        # Refuses all but http and https.
+        opener.add_handler(urllib.request.UnknownHandler())
+        return opener
 
     def _exchange(self, request: Any) -> tuple[int, bytes, Mapping[str, str]]:
         """Send on a kept connection if there is one; on a new one if that turns out to be dead."""
