@@ -451,6 +451,7 @@ except (AttributeError, TypeError):  # not CPython, or one to come
     _pieces = lambda value, level: _encode_text(value)  # noqa: E731
 _LOG_FIELDS = ("event", "value", "agent", "log_id", "meta", "occurred_at")  # as Log takes them
 _FLAT = frozenset((str, int, float, bool, type(None)))
+_LARGEST = sys.float_info.max
 _quote = json.encoder.encode_basestring  # what _encode_text does to a string
 _BLOCK = 64  # UUIDs made at once
 # RFC 4122, for a block of UUIDs as one number: all bits are random but 4 of byte 6, which are 0100,
@@ -638,11 +639,7 @@ def _encode_log(
             raise ChirrOpValidationError("event must not be empty: name it like tool.errors.count")
     if type(value) is not int and type(value) is not float:
         value = _number(value)
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+    if not abs(value) <= _LARGEST:  # which NaN is not either
         raise ChirrOpValidationError(f"value must be a finite number, got {_show(value)}")
     new_id, at = _mint(now)
     if log_id is not None:
@@ -4686,10 +4683,7 @@ def _sandbox_fits(value: Any, rule: Any) -> bool:
     if isinstance(rule, tuple):
         return value in rule
     if rule is float:
-        try:
-            return type(value) in (int, float) and math.isfinite(value)
-        except OverflowError:  # an integer beyond the range of floats
-            return False
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return isinstance(value, rule)
 
 
@@ -4887,7 +4881,7 @@ class Sandbox:
         delay, drop = fault.get("delay", 0.0), fault.get("drop")
         if delay:
             self._sleep(min(delay, timeout))
-        if delay and delay >= timeout:
+        if delay >= timeout:
             raise TimeoutError("timed out, as scripted")
         if drop == "before":
             raise ConnectionResetError("connection dropped, as scripted")
