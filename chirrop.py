@@ -5332,7 +5332,6 @@ _MAX_LINE_BYTES = 1 << 20  # of `log -`: a longer line holds no log, and must no
 _QUEUED_LINES = 20_000  # of `log -`: some 5 MB, and senders that are seldom out of work
 _SHOWN_LINES = 3  # of `log -`: bad lines of one kind that are shown; the others are counted
 _CLOCK_SECONDS = 60.0  # that `doctor` lets the clocks differ
-_FIELDS = frozenset(_LOG_FIELDS)
 _DEMO_EVENTS = (
     ("checkout", "http.request.duration_ms", 180.0),
     ("search", "http.request.duration_ms", 45.0),
@@ -5707,10 +5706,10 @@ def _log_of(line: bytes, id_from: list[str] | None) -> Log:
     fields = _parsed("a log", line)
     if not isinstance(fields, dict):
         raise ChirrOpValidationError(f"a log must be a JSON object, got {_show(fields)}")
-    if not fields.keys() <= _FIELDS:
-        unknown = ", ".join(map(_show, fields.keys() - _FIELDS))
+    if unknown := fields.keys() - _LOG_FIELDS:
+        names = ", ".join(map(_show, unknown))
         raise ChirrOpValidationError(
-            f"a log has no fields but {', '.join(_LOG_FIELDS)}, got {unknown}: meta may hold others"
+            f"a log has no fields but {', '.join(_LOG_FIELDS)}, got {names}: meta may hold others"
         )
     if id_from and not fields.get("log_id"):
         fields["log_id"] = _derived_id(fields, id_from)
