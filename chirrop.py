@@ -700,8 +700,7 @@ class Log:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the log as it is sent, as a new dict; without `agent` and `meta` if not given."""
-        log: dict[str, Any] = json.loads(self._body)
-        return log
+        return json.loads(self._body)
 
     def __getattr__(self, name: str) -> Any:
         if name in _LOG_FIELDS:
@@ -3339,10 +3338,9 @@ class _UrllibTransport:
         # The opener has handlers for http and https alone.
         request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
         try:
-            answer: tuple[int, bytes, Mapping[str, str]] = opener.open(request, timeout=timeout)
+            return opener.open(request, timeout=timeout)
         except http.client.HTTPException as exc:
             raise ConnectionError(f"invalid answer: {exc!r:.200}") from exc
-        return answer
 
     def _build(self) -> Any:
         """Make the opener with the first request: urllib and ssl are imported no earlier."""
@@ -4810,13 +4808,13 @@ class Sandbox:
     def logs(self) -> list[_Row]:
         """The logs accepted so far; of several with one `log_id`, the first."""
         with self._lock:
-            return list(_sandbox_copy([*self._logs.values()]))
+            return _sandbox_copy([*self._logs.values()])
 
     @property
     def requests(self) -> list[_Row]:
         """All requests: `method`, `path`, `query`, `body`, and `status` (0: no answer)."""
         with self._lock:
-            return list(_sandbox_copy(self._requests))
+            return _sandbox_copy(self._requests)
 
     def fail(
         self,
