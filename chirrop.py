@@ -5782,7 +5782,7 @@ _CURES = {
     "ConnectionRefusedError": "Nothing listens there: check {}, and that it is running.",
     "timeout": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
     "TimeoutError": "Check {} and the firewall, and whether HTTPS_PROXY must name a proxy.",
-    "OSError": "Check {}.",
+    "Exception": "Check {}.",
 }
 
 
@@ -5815,35 +5815,31 @@ def _diagnose_endpoint(
     """Check the way to an endpoint by the client's transport: proxy, DNS, TLS, answer, clock."""
     way, fault = _way_to(url, variable)
     yield name, True, f"{url}, {way}"
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = _Secret(f"Bearer {key}")
-    transport = _UrllibTransport()
-    try:
-        # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
-        # OPTIONS says, differs between routers.
-        if name == "logs":
-            status, body, fields = transport("POST", url, b"[]", headers, 10)
-        else:
-            status, body, fields = transport("GET", f"{url}/events", None, headers, 10)
-    except OSError as exc:
-        kinds = [kind.__name__ for link in (exc, exc.__cause__) for kind in type(link).__mro__]
+    link = _Link(Config(key, DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT, disabled=True))
+    # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
+    # OPTIONS says, differs between routers.
+    if name == "logs":
+        answer = link.attempt("POST", url, [b"[]"], 10, True, [])
+    else:
+        answer = link.attempt("GET", f"{url}/events", [None], 10, True, [])
+    link.close()
+    cause = answer.cause
+    if cause is not None:
+        kinds = [kind.__name__ for exc in (cause, cause.__cause__) for kind in type(exc).__mro__]
         cure = next(text for kind, text in _CURES.items() if kind in kinds)
         at_fault = variable if "SSLError" in kinds else fault
-        yield name, False, f"{_without_key(exc, key)}. {cure.format(at_fault)}"
+        yield name, False, f"{cause}. {cure.format(at_fault)}"
         return
-    finally:
-        transport.close()
-    if status == 407:
+    if answer.status == 407:
         variable = fault
-    good, text = _judged(name, _Answer(status, _masked(body, key)), variable, bool(key))
+    good, text = _judged(name, answer, variable, bool(key))
     if good and url.startswith("https"):
         text = f", certificate trusted{text}"
     if good:
         text = f"reached{text}"
     yield name, good, text
     if name == "api":
-        yield from _diagnose_clock(fields.get("Date", ""))
+        yield from _diagnose_clock(answer.headers.get("date", ""))
 
 
 def _way_to(url: str, variable: str) -> tuple[str, str]:
