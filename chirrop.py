@@ -2035,6 +2035,10 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
+class _NeverSent(ConnectionError):
+    """No connection could be made, so the request did not reach the server."""
+
+
 class _Answer:
     """What became of one attempt: a status with its body and headers, or 0 and the exception.
 
@@ -2055,9 +2059,7 @@ class _Answer:
 
     def never_sent(self) -> bool:
         """Tell whether the request certainly did not reach the server: no connection was made."""
-        return isinstance(self.cause, ConnectionRefusedError) or getattr(
-            self.cause, "never_sent", False
-        )
+        return isinstance(self.cause, (ConnectionRefusedError, _NeverSent))
 
     def error(self) -> ChirrOpError:
         """Return the exception that stands for an answer other than 2xx."""
@@ -3264,12 +3266,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 # ---- Transport ------------------------------------------------------------
 # In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no
 # retries, from any number of threads. The key travels only in the headers of this section.
-
-
-class _NeverSent(ConnectionError):
-    """No connection could be made, so the request did not reach the server."""
-
-    never_sent = True
 
 
 class _TimedSocket(io.RawIOBase):
