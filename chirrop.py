@@ -2067,12 +2067,11 @@ class _Answer:
             failure = ChirrOpTransportError(f"no answer: {self._no_answer()}")
             failure.__cause__ = self.cause
             return failure
-        content = self.body[:MAX_ERROR_BYTES]
-        text = content.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+        text = self.body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
         parsed = _json_value(text)
         texts, code = _spoken(parsed)
         kept: Any = text[:MAX_KEPT_BYTES] or None
-        if parsed is not None and len(content) <= MAX_KEPT_BYTES:
+        if parsed is not None and len(self.body) <= MAX_KEPT_BYTES:
             kept = parsed
         return _error_class(self.status)(
             f"HTTP {self.status}: {_one_line(self._telling(texts or [text[:200]]))}",
