@@ -343,7 +343,6 @@ class ChirrOpServiceUnavailableError(ChirrOpNonRetryableError):
 
 
 _ERROR_BY_STATUS: dict[int, type[ChirrOpError]] = {
-    0: ChirrOpTransportError,
     400: ChirrOpBadRequestError,
     401: ChirrOpUnauthorizedError,
     403: ChirrOpForbiddenError,
@@ -1993,7 +1992,7 @@ def _is_delivered(answers: list[Any]) -> bool:
 
 
 def _error_class(status: int) -> type[ChirrOpError]:
-    """Return the class of the error that stands for an answer other than 2xx; 0 is no answer."""
+    """Return the class of the error that stands for an answer other than 2xx."""
     other = ChirrOpServerError if status >= 500 or status < 200 else ChirrOpNonRetryableError
     return _ERROR_BY_STATUS.get(status, other)
 
