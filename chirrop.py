@@ -3642,10 +3642,10 @@ def _path(*segments: str) -> str:
 def _checked_path(path: object) -> str:
     """Return the path of a request without its outer slashes."""
     if isinstance(path, str):
-        segments = path.strip("/").split("/")
-        is_clean = all("!" <= c <= "~" and c not in "?#\\" for c in path)
-        if is_clean and {"", ".", ".."}.isdisjoint(segments):
-            return path.strip("/")
+        inner = path.strip("/")
+        is_clean = all("!" <= c <= "~" and c not in "?#\\" for c in inner)
+        if is_clean and {"", ".", ".."}.isdisjoint(inner.split("/")):
+            return inner
     raise ChirrOpValidationError(
         f"path must be encoded segments without a query, got {_show(path)}"
     )
@@ -3685,12 +3685,8 @@ def _payload(fields: object, rules: Mapping[str, Iterable[str]]) -> dict[Any, An
 
 def _is_repeatable(method: str, path: str) -> bool:
     """Tell whether a call may be made twice: reads, PUTs and the alert transitions."""
-    parts = path.strip("/").split("/")
-    transition = (
-        parts[0] == "alerts"
-        and parts[-1] in ("acknowledge", "resolve", "archive")
-        and len(parts) == 3
-    )
+    kind, *rest = path.split("/")
+    transition = kind == "alerts" and rest[1:] in (["acknowledge"], ["resolve"], ["archive"])
     return method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS") or transition
 
 
@@ -4029,7 +4025,8 @@ class Client:
             )
         if not isinstance(method, str) or not method.isalpha() or not method.isascii():
             raise ChirrOpValidationError(f"method must be an HTTP method, got {_show(method)}")
-        url = f"{self.config.servicer_endpoint}/{_checked_path(path)}{_query(query or {})}"
+        path = _checked_path(path)
+        url = f"{self.config.servicer_endpoint}/{path}{_query(query or {})}"
         data = None if body is None else _encode_json("body", body)
         method = method.upper()
         repeatable = _is_repeatable(method, path)
