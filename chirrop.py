@@ -3362,7 +3362,7 @@ class _UrllibTransport:
         deadline = time.monotonic() + request.timeout
         place = (request.type, request.host, request._tunnel_host or "")
         connection = None
-        if request.get_header("Connection", "").lower() != "close":
+        if not request.get_header("Connection"):
             connection = self._checkout(place)
         if connection is not None:
             try:
@@ -3462,7 +3462,7 @@ class _UrllibTransport:
 
         options: dict[str, Any] = {"timeout": max(0.001, deadline - time.monotonic())}
         try:
-            if request.type == "https" or request._tunnel_host:
+            if request.type == "https":  # all that goes through a tunnel does
                 options["context"] = self._ssl_context()
                 connection: Any = http.client.HTTPSConnection(request.host, **options)
             else:
