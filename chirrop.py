@@ -5478,12 +5478,10 @@ def _headline(event: Event, what: str) -> None:
 
 
 def _show_rollups(event: Event, period: str, rollups: list[Rollup]) -> None:
-    """Print a line per bucket, with a bar as long as its sum is large."""
+    """Print rollups, newest first, as lines from the oldest on, with bars as long as the sums."""
     _headline(event, f"count and sum by {period}, UTC")
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    rows = sorted(
-        (str(r.get("occurred_at")), r.get("value") or 0.0, r.get("count")) for r in rollups
-    )
+    rows = [(_bucket(r), r.get("value") or 0.0, r.get("count")) for r in reversed(rollups)]
     cells = [
         (_plain(at[5:16]).replace("T", " "), _figure(count), _figure(value))
         for at, value, count in rows
