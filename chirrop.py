@@ -762,13 +762,13 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-def _read_dotenv(name: str, path: str = ".env") -> str | None:
-    """Return one variable from a .env file; None when there is none, whatever the file holds."""
+def _read_dotenv(name: str) -> str | None:
+    """Return one variable from ./.env; None when there is none, whatever the file holds."""
     found = None
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(".env"):  # a pipe would be waited for
         return None
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open(".env", encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(1 << 20).splitlines()
     except OSError:
         return None
