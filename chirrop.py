@@ -842,7 +842,7 @@ def _checked_endpoint(name: str, value: str | None, variable: str, default: str)
     if isinstance(url, str):  # user info and a query may be secrets, and what stands there a key
         _, user_info, rest = url.rpartition("@")
         shown = _show("***@" * bool(user_info) + re.sub("(?s)([?#]|chp_).*", r"\1***", rest))
-    if not value:
+    if value is None:
         shown += f" from {variable}"
     raise ChirrOpValidationError(
         f"{name} must be an absolute http or https URL without user info, query or fragment,"
@@ -2001,8 +2001,7 @@ def _backoff(attempt: int, retry_after: float | None, rand: Callable[[], float])
     """Return seconds to wait after failed attempt `attempt` (1 is the first).
 
     Full jitter, on top of the server's wait when it gave one: clients cut off together return
-    apart.
-    `rand` returns a float in [0, 1).
+    apart. `rand` returns a float in [0, 1).
     """
     window = min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt - 1, 32))
     return (retry_after or 0.0) + rand() * window
@@ -2023,13 +2022,21 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
     if not text.strip("0123456789.") and text.count(".") <= 1 and text != ".":
         return min(MAX_RETRY_AFTER, float(text))
-    try:
-        import email.utils
+    moment = _unix_seconds(text)
+    if moment is None:
+        return None
+    return min(MAX_RETRY_AFTER, max(0.0, moment - now))
 
-        moment = email.utils.parsedate_to_datetime(text)
+
+def _unix_seconds(date: str) -> float | None:
+    """Return the moment of an HTTP date; None where it is none."""
+    import email.utils
+
+    try:
+        moment = email.utils.parsedate_to_datetime(date)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
-        return min(MAX_RETRY_AFTER, max(0.0, moment.timestamp() - now))
+        return moment.timestamp()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
 
@@ -5865,11 +5872,9 @@ def _judged(name: str, answer: _Answer, variable: str, has_key: bool) -> tuple[b
 
 
 def _diagnose_clock(date: str) -> Iterator[tuple[str, bool, str]]:
-    import email.utils
-
-    moment = email.utils.parsedate_tz(date)
+    moment = _unix_seconds(date)
     if moment is not None:
-        ahead = time.time() - email.utils.mktime_tz(moment)
+        ahead = time.time() - moment
         side = "ahead of" if ahead > 0 else "behind"
         words = f"{abs(ahead):,.0f} s {side} the service's"
         good = abs(ahead) <= _CLOCK_SECONDS

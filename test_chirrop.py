@@ -859,6 +859,10 @@ class ConfigTest(TestCase):
             "^api_endpoint must .*, got 'nonsense' from CHIRROP_API_ENDPOINT$",
         ):
             Config(api_key=KEY)
+        with self.assertRaisesRegex(
+            chirrop.ChirrOpValidationError, "^api_endpoint must .*, got ''$"
+        ):
+            Config(api_key=KEY, api_endpoint="")
 
     def test_a_wrong_endpoint_is_shown_without_what_may_be_secret(self):
         for url, shown in (
@@ -11289,6 +11293,10 @@ class DoctorTest(CommandLineCase):
         self.assertRegex(
             text, r"clock: 7,(199|200) s behind the service's. Correct this computer's"
         )
+
+    def test_a_date_that_is_none_says_nothing_of_the_clock(self):
+        for date in ("", "soon", "Mon, 01 Jan 99999 00:00:00 GMT", "Tue, 31 Feb 2026 00:00:00 GMT"):
+            self.assertEqual(list(chirrop._diagnose_clock(date)), [], date)
 
     def test_the_proxy_in_use_is_shown_without_its_password(self):
         proxy = f"http://user:{CANARY}@{self.base.split('/')[2]}"
