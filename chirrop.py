@@ -1685,6 +1685,7 @@ class SqliteSpool:
             file.conn.close()
             self._set_aside(file.path)  # before somebody else may hold a file of this name
             self._give_up(file)
+            self._look_soon(_ADOPT_SECONDS)  # it may have stood for others
         else:
             self._retry_at = time.monotonic() + SPOOL_RETRY_SECONDS
         self.warn(f"spool {self.path} cannot be used, keeping new logs in memory: {exc}")
@@ -1788,7 +1789,7 @@ class SqliteSpool:
         else:
             file.undone.append((_SQL_DROPPED, (error, *span)))
         file.settled = max(file.settled, (ids[-1], number))
-        self._look_at = min(self._look_at, time.monotonic() + _ADOPT_SECONDS)
+        self._look_soon(_ADOPT_SECONDS)
         self._attempt(file, file.work_off)
 
     def stays(self, batch: _Batch) -> bool:
@@ -1830,9 +1831,10 @@ class SqliteSpool:
         file = self._usable()
         if file is not None and time.monotonic() >= self._retry_at:
             self._store_inbox(file)
-        if time.monotonic() >= self._look_at:
+        if time.monotonic() >= self._look_at and not self.is_over():
             self._look_at = math.inf
-            self._take_over()
+            if not self._take_over():
+                self._look_soon(SPOOL_RETRY_SECONDS)
         for held in self._files():
             if held.count is None:
                 self._attempt(held, self._count, held)
@@ -1844,6 +1846,9 @@ class SqliteSpool:
                 self._let_go(orphan)
                 self._look_at = 0.0  # there may be more
         return max(0.0, self._look_at - time.monotonic())
+
+    def _look_soon(self, seconds: float) -> None:
+        self._look_at = min(self._look_at, time.monotonic() + seconds)
 
     def _store_inbox(self, file: _SpoolFile) -> None:
         for _ in range(len(self._inbox)):
@@ -1860,23 +1865,35 @@ class SqliteSpool:
         file.known += count
         file.count = count
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> bool:
+        """Hold what dead processes left and logs wait in; False if some cannot be had now."""
         held = {file.path for file in self._files()}
-        for path in self._paths():
+        done = True
+        try:
+            paths = self._paths()
+        except OSError as exc:
+            if _is_from_handler(exc):
+                raise
+            return False
+        for path in paths:
             if path in held:
                 continue
             if len(self._orphans) >= _ORPHANS:
-                return
+                break
             try:
                 file = self._open(path, create=False)
                 if file is not None:
                     self._keep(file)
             except self._failures as exc:
                 if _is_from_handler(exc):
-                    raise  # else it is no spool, or cannot be used now
+                    raise
+                done = done and isinstance(exc, _NoSpool)
+        return done
 
     def _keep(self, orphan: _SpoolFile) -> None:
-        if orphan.conn.execute(_SQL_READ, (0, 1)).fetchall():
+        read = orphan.conn.execute
+        rows = self._attempt(orphan, lambda: read(_SQL_READ, (0, 1)).fetchall())
+        if any(rows):
             _exclusively(self.lock, self._enlist, orphan)
         else:
             self._give_up(orphan)
@@ -1909,7 +1926,7 @@ class SqliteSpool:
     def _checkpoint(self, file: _SpoolFile) -> None:
         """Copy the WAL into the file, when much has been written since the last time."""
         if file.conn.total_changes - file.changes >= _TEND_ROWS:
-            self._aside(file, "PRAGMA wal_checkpoint(PASSIVE)")
+            self._attempt(file, self._aside, file, "PRAGMA wal_checkpoint(PASSIVE)")
             _exclusively(self.lock, self._attempt, file, self._finish_checkpoint, file)
 
     def _finish_checkpoint(self, file: _SpoolFile) -> None:
@@ -2535,7 +2552,9 @@ class _Outbox:
         if state.stopped:
             return False
         unsettled = [batch for batch in self.batches() if batch.first < flush.mark]
-        if self._taken() >= flush.mark and all(batch.not_before for batch in unsettled):
+        # Nothing may wait before the mark is reached: somebody has removed rows by hand.
+        taken = self._taken() >= flush.mark or not self.buffer.size()
+        if taken and all(batch.not_before for batch in unsettled):
             return flush.clean and not unsettled
         # A full cycle of retries that has failed for one batch stands for all.
         failed = state.retries > flush.retries and state.failures > self._config.retries
@@ -2993,6 +3012,7 @@ class _Sender:
             if self._threads is threads:
                 self._wake_at = 1.0
                 self._bell.wait(0)
+                self._ring()  # what this one held waits for another
                 for bell in list(self._callers):  # they look whether there is still a sender
                     bell.ring()
 
@@ -3146,13 +3166,12 @@ class _Sender:
 
     def _hand_over(self, deadline: float) -> None:
         """Report all that there is to report, if it can be had by `deadline`."""
-        if _is_inside(_Reporter.tell.__code__):
-            return
-        if not self.report.kick():
-            self._threads.join(deadline)
-        self.report.threads.join(deadline)
-        if not any(self.report.threads):
-            self.report.tell(deadline - self._clock())
+        if not _is_inside(_Reporter.tell.__code__):
+            if not self.report.kick():
+                self._threads.join(deadline)
+            self.report.threads.join(deadline)
+            if not any(self.report.threads):
+                self.report.tell(deadline - self._clock())
         self.report.write(final=True)
 
     def hurry(self, deadline: float) -> None:

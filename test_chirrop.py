@@ -2257,7 +2257,17 @@ class SpoolTest(ProcessTestCase):
         self.assertEqual(os.listdir(path.parent), [path.name])
 
     def test_the_wal_stays_small_under_steady_writing(self):
-        path, largest = self.spool(), 0
+        self.write_steadily(self.spool())
+
+    def test_the_wal_stays_small_where_no_second_connection_can_be_had(self):
+        path = self.spool()
+        client = self.client(spool=path, flush_delay=60)
+        client.log(Log("x", 1))
+        with mock.patch.object(SqliteSpool, "_aside", side_effect=OSError("too many open files")):
+            self.write_steadily(self.spool())
+
+    def write_steadily(self, path):
+        largest = 0
         client = self.client(spool=path, transport=FakeTransport(default=OSError("down")))
         wal = path.with_name(path.name + "-wal")
         with mock.patch.object(chirrop, "_TEND_ROWS", 100):
@@ -2269,6 +2279,37 @@ class SpoolTest(ProcessTestCase):
         self.assertGreater(path.stat().st_size, 1_000_000)
         self.assertLess(largest, 1_500_000)
         client.close(0)
+
+    def test_a_flush_does_not_wait_for_rows_that_somebody_has_removed(self):
+        path, transport = self.spool(), FakeTransport()
+        client = self.client(spool=path, transport=transport, flush_delay=60)
+        for number in range(3):
+            client.log(Log("x", number))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("DELETE FROM logs WHERE id = 2")
+        self.assertTrue(client.flush(LONG))
+        self.assertEqual([log["value"] for log in transport.logs()], [0, 2])
+
+    def test_a_closed_client_takes_nothing_over(self):
+        down = FakeTransport(default=ConnectionError("down"))
+        path = self.spool()
+        client = self.client(spool=path, transport=down, flush_delay=60)
+        client.log(Log("x", 1))
+        self.assertFalse(client.close(0))
+        client._outbox.buffer._look_at = 0.0
+        self.assertFalse(client.flush(0))
+        self.assertEqual(os.listdir(path.parent), [path.name])
+        self.assertEqual(len(self.drain(path)), 1)
+
+    def test_a_folder_that_cannot_be_listed_is_looked_at_again(self):
+        path, transport = self.spool(), FakeTransport()
+        client = self.client(spool=path, transport=transport, flush_delay=60)
+        client.log(Log("x", 1))
+        spool = client._outbox.buffer
+        spool._look_at = 0.0
+        with mock.patch.object(os, "listdir", side_effect=OSError("too many open files")):
+            self.assertTrue(client.flush(LONG))
+            self.assertLess(spool._look_at, math.inf)
 
     def test_ids_are_not_given_out_twice_when_the_file_runs_empty(self):
         client = self.client(spool=self.spool(), transport=FakeTransport(), flush_delay=60)
@@ -2703,6 +2744,42 @@ class SpoolCorruptTest(ProcessTestCase):
                 for name, content in data.items():
                     (copy / name).write_bytes(damaged if name.endswith("-wal") else content)
                 self.assertStarts(copy / "spool.db", [], place)
+
+    def test_a_damaged_orphan_is_moved_aside_with_a_warning(self):
+        path = self.spool()
+        orphan = path.with_name(path.name + ".2")
+        self.make_spool(300, orphan)
+        data = bytearray(orphan.read_bytes())
+        leaf = next(at for at in range(2 * 2048, len(data), 2048) if data[at] == 13)
+        data[leaf] = 99  # no kind of page; the last leaf, which tells the highest id, is whole
+        orphan.write_bytes(data)
+        client = self.client(spool=path, transport=FakeTransport(), flush_delay=60)
+        client.log(Log("x", 1))
+        client.flush(LONG)
+        self.assertTrue(client.close(LONG))
+        self.assertEqual(len(self.warnings_of("malformed")), 1)
+        kept = [name for name in os.listdir(path.parent) if name != path.name]
+        self.assertEqual([".damaged-" in name for name in kept], [True])
+
+    def test_damaged_orphans_hide_no_other(self):
+        self.patch(chirrop, "_ADOPT_SECONDS", 0.01)
+        path, transport = self.spool(), FakeTransport()
+        down = FakeTransport(default=ConnectionError("down"))
+        clients = [new_client(api_key=KEY, transport=down, spool=path) for _ in range(12)]
+        for number, client in enumerate(clients):
+            client.log(Log("x", number))
+        for client in clients:
+            client.close(0)
+        path.unlink()  # nothing of its own is settled, after which it would look again
+        for number in range(2, 10):
+            with contextlib.closing(sqlite3.connect(f"{path}.{number}")) as conn, conn:
+                conn.execute("UPDATE logs SET body = 'no bytes'")
+        client = self.client(spool=path, transport=transport)
+        client.flush(LONG)
+        arrived = []
+        while len(arrived) < 3:
+            arrived += json.loads(transport.seen.get(timeout=LONG))
+        self.assertEqual(sorted(log["value"] for log in arrived), [9, 10, 11])
 
     def test_damaged_while_open_the_lost_logs_are_counted_and_flush_returns(self):
         path, dropped = self.spool(), []
@@ -4089,6 +4166,36 @@ for c in fine:
                 self.assertEqual(len(said), 6)
                 self.assertEqual(sorted(server.stored), sorted(said))
 
+    def test_what_a_sender_held_that_ends_is_sent_by_another(self):
+        gone, inside, go = threading.Event(), threading.Event(), threading.Event()
+
+        class Gone(BaseException):
+            """As gevent's Timeout and asyncio's CancelledError are none of Exception."""
+
+        def transport(method, url, body, headers, timeout):
+            if gone.is_set():
+                gone.clear()
+                inside.set()
+                go.wait(LONG)
+                raise Gone
+            return 200, b"", {}
+
+        client = self.client(transport=transport, flush_delay=0)
+        while len(list(client._sender._threads)) < 2:
+            for number in range(1000):
+                client.log(Log("x", number))
+            self.assertTrue(client.flush(LONG))
+        gone.set()
+        client.log(Log("x", 1))
+        self.assertTrue(inside.wait(LONG))
+        flushing = threading.Thread(target=client.flush, daemon=True)
+        flushing.start()
+        while not client._sender._callers:
+            os.sched_yield()
+        go.set()
+        flushing.join(LONG)
+        self.assertFalse(flushing.is_alive())
+
     @refcounted
     def test_a_sender_that_is_told_to_exit_ends_and_another_takes_its_place(self):
         code = """
@@ -4197,6 +4304,30 @@ class CallbackAndLoggingTest(ProcessTestCase):
         self.reported(client)
         self.assertEqual(calls, [1, 1])
         self.assertEqual(self.assertBalanced(client).dropped, {"closed": 4})
+
+    def test_what_a_close_in_on_drop_drops_is_said_in_a_record(self):
+        closed = threading.Event()
+
+        def on_drop(logs, error):
+            if len(client.stats().dropped) == 1 and client.stats().dropped["rejected"] == 2:
+                client.log(Log("closed", 1))
+                client.close(0)
+                closed.set()
+
+        client = self.client(transport=FakeTransport(default=400), flush_delay=60, on_drop=on_drop)
+        for _ in range(2):  # of the second one nothing is said for a minute
+            client.log(Log("rejected", 1))
+            client.flush(LONG)
+            self.reported(client)
+        self.assertTrue(closed.wait(LONG))
+        self.reported(client)
+        said = [
+            r.getMessage().partition(":")[0] for r in self.records if r.levelno == logging.ERROR
+        ]
+        self.assertEqual(
+            said,
+            ["dropped 1 logs (rejected)", "dropped 1 logs (rejected)", "dropped 1 logs (closed)"],
+        )
 
     def test_on_drop_is_told_of_what_a_close_of_its_own_drops(self):
         told, sent, go, over = [], threading.Event(), threading.Event(), threading.Event()
