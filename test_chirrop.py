@@ -4443,7 +4443,7 @@ class CallbackAndLoggingTest(ProcessTestCase):
 
 
 class MemoryTest(ProcessTestCase):
-    SIZE = rounds(300, 1000)
+    SIZE = rounds(500, 1000)
 
     def outage(self, transport):
         """Fill a bounded queue in an outage, go on for long; return the most bytes held for it."""
@@ -5403,9 +5403,12 @@ class DeadlineTest(ProcessTestCase):
         self.patch(chirrop, "_SPOOL_WAIT", rounds(0.05, chirrop._SPOOL_WAIT))
         for opened in (True, False):  # before the lock was taken, or while it is
             with self.subTest(opened=opened):
-                path, wire = self.spool(), Wire()
+                path, wire, dropped = self.spool(), Wire(), []
                 self.drain(self.make_spool(1, path)[0])
-                client = new_client(api_key=KEY, transport=wire, flush_delay=60, spool=path)
+                client = new_client(
+                    api_key=KEY, transport=wire, flush_delay=60, spool=path,
+                    on_drop=lambda logs, error, dropped=dropped: dropped.extend(ids(logs)),
+                )  # fmt: skip
                 self.addCleanup(client.close, 0)
                 logged = [Log("test", n) for n in range(3)]
                 if opened:
@@ -5417,8 +5420,9 @@ class DeadlineTest(ProcessTestCase):
                     self.assertLess(self.took(client.flush, 0.03), 0.03 + self.MOMENT)
                     self.assertLess(self.took(client.close, 0.1), 0.1 + self.MOMENT)
                     other.execute("ROLLBACK")
-                sent = set(wire.taken) | set(self.drain(path))
-                self.assertEqual(set(ids([e.to_dict() for e in logged])) - sent, set())
+                self.reported(client)
+                known = {*wire.taken, *self.drain(path), *dropped}
+                self.assertEqual({entry.log_id for entry in logged} - known, set())
                 self.assertBalanced(client)
 
     def senders(self, hang):
@@ -12159,6 +12163,91 @@ class DocsTest(TestCase):
         top = self.README[:600]
         self.assertIn("python3 chirrop.py demo", top)
         self.assertIn("python3 -m unittest", top)
+
+
+# ---- Two processes --------------------------------------------------------
+
+
+class Told:
+    """A test that the other process has run, by its name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+    def shortDescription(self):
+        return None
+
+
+def cases(suite):
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from cases(test)
+        else:
+            yield test
+
+
+class Turns(unittest.TestSuite):
+    """All tests: this process and a fork of it take the next class in turn, until there is none."""
+
+    _cleanup = False  # each has run some of them only
+
+    def __init__(self, tests):
+        super().__init__()
+        self._classes = [list(group) for _, group in itertools.groupby(cases(tests), type)]
+        self._next, numbers = os.pipe()
+        os.write(numbers, bytes(range(len(self._classes))))
+        os.close(numbers)
+
+    def countTestCases(self):
+        return sum(map(len, self._classes))
+
+    def __iter__(self):
+        while number := os.read(self._next, 1):
+            yield from self._classes[number[0]]
+
+    def run(self, result, debug=False):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            self._run_in_fork(writer)
+        os.close(writer)
+        super().run(result)
+        with open(reader, "rb") as file:
+            words = file.read()
+        os.waitpid(pid, 0)
+        os.close(self._next)
+        if words:
+            count, failures, errors, skipped = pickle.loads(words)
+        else:
+            count, failures, errors, skipped = 0, [], [("the other process", "ended early\n")], []
+        result.testsRun += count
+        result.failures += [(Told(name), text) for name, text in failures]
+        result.errors += [(Told(name), text) for name, text in errors]
+        result.skipped += [(Told(name), text) for name, text in skipped]
+        return result
+
+    def _run_in_fork(self, writer):
+        try:
+            mine = unittest.TestResult()
+            super().run(mine)
+            told = mine.failures, mine.errors, mine.skipped
+            named = [[(str(test), text) for test, text in kind] for kind in told]
+            with open(writer, "wb") as file:
+                pickle.dump((mine.testsRun, *named), file)
+        finally:
+            os._exit(0)
+
+
+def load_tests(loader, tests, pattern):
+    """`python3 -m unittest`, without options, uses two cores where there are two."""
+    if len(sys.argv) > 1 or "coverage" in sys.modules or sys.gettrace():
+        return tests
+    if not hasattr(os, "fork") or (os.cpu_count() or 1) < 2:
+        return tests
+    return Turns(tests)
 
 
 if __name__ == "__main__":
