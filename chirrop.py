@@ -1131,7 +1131,7 @@ class _Batch:
         self.place: tuple[_SpoolFile | None, list[int], int] = (None, [], 0)
         self.spent = [1]  # requests granted to the original batch, shared by its parts
         self.attempts = 0
-        self.not_before = 0.0  # it has had all its attempts, and is offered again then
+        self.not_before = 0.0  # else all its attempts have failed, and it is offered again then
         self.holder = 0  # the thread that is sending it
         self.era = 0  # failures in a row when it was taken
 
@@ -5830,6 +5830,7 @@ def _diagnose_endpoint(
     """Check the way to an endpoint by the client's transport: proxy, DNS, TLS, answer, clock."""
     way, fault = _way_to(url, variable)
     yield name, True, f"{url}, {way}"
+    # Disabled, because there may be no key.
     link = _Link(Config(key, DEFAULT_API_ENDPOINT, DEFAULT_SERVICER_ENDPOINT, disabled=True))
     # What takes logs shows in its answer to an empty batch: which routes answer a GET, and what
     # OPTIONS says, differs between routers.

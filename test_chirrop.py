@@ -2260,9 +2260,6 @@ class SpoolTest(ProcessTestCase):
         self.write_steadily(self.spool())
 
     def test_the_wal_stays_small_where_no_second_connection_can_be_had(self):
-        path = self.spool()
-        client = self.client(spool=path, flush_delay=60)
-        client.log(Log("x", 1))
         with mock.patch.object(SqliteSpool, "_aside", side_effect=OSError("too many open files")):
             self.write_steadily(self.spool())
 
@@ -3048,6 +3045,7 @@ log(c); os.kill(os.getpid(), 9)
             spool._look_at = 0.0
             self.assertTrue(client.flush(LONG))
             self.assertEqual(self.assertBalanced(client).accepted, 1)
+            self.assertLess(spool._look_at, math.inf)  # it is looked for again
         self.assertEqual(self.drain(path), held)
 
 
