@@ -1,25 +1,12 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
-"""A typed program that uses the installed wheel. Checked by mypy and pyright, never run.
-
-A line with "type: ignore" is a mistake that must be seen: an unused ignore is an error here.
-"""
+"""A program that mypy and pyright check against the installed wheel: each ignore is needed."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import chirrop
-from chirrop import (
-    ChirrOp,
-    ChirrOpError,
-    Client,
-    Config,
-    Log,
-    Sandbox,
-    SqliteSpool,
-    Stats,
-    new_client,
-)
+from chirrop import ChirrOp, ChirrOpError, Client, Config, Log, Sandbox, SqliteSpool, new_client
 
 if TYPE_CHECKING:
     from chirrop import Alert, Analytics, Event, Rollup
@@ -40,19 +27,36 @@ def use(client: Client) -> str | None:
     client.no_such_call()  # type: ignore[attr-defined]
     print(event["event"].upper(), event["nope"])  # type: ignore[typeddict-item]
     data = analytics.get("data")
-    print(
-        data.get("current_value") if data else None, len(alerts), [r.get("count") for r in rollups]
-    )
+    print(data and data.get("current_value"), alerts, [rollup.get("count") for rollup in rollups])
     return event.get("title")
 
 
-def account(stats: Stats) -> int:
-    return stats.delivered + sum(stats.dropped.values())
+def one_liners(client: Client) -> bool:
+    view: Client = client.bind("billing", meta={"region": "eu"}).bind(meta={"job": 7})
+    view.try_log()  # type: ignore[call-arg]
+    return view.try_log("job.done") and chirrop.try_log("job.cost", 1.5, meta={"currency": "EUR"})
+
+
+async def service() -> bool:
+    async with new_client() as client:
+        delivered: bool = await client.aflush(2) and sum(client.stats().dropped.values()) == 0
+        await client.aflush(timeout="2")  # type: ignore[arg-type]
+        closed: bool = await client.aclose()
+        return delivered and closed
+
+
+def dropped(logs: list[dict[str, object]], error: ChirrOpError) -> None:
+    print(len(logs), error.code, error.status_code + 1, error.retry_after)
 
 
 config = Config(api_key="chp_x", spool=SqliteSpool("x"), transport=Sandbox(), on_exhausted="drop")
 config.retries = "3"  # type: ignore[assignment]
 view: Client = new_client(config).with_options(timeout=3)
+other: Client = new_client(api_key="chp_x", retries=3, spool="x", on_exhausted="keep")
+new_client(retrys=3)  # type: ignore[call-arg]
+new_client(on_exhausted="discard")  # type: ignore[arg-type]
+chirrop.initialize(retrys=3)  # type: ignore[call-arg]
+chirrop.initialize(api_key="chp_x", on_drop=dropped)
 
 
 @view.timer("t")
@@ -64,5 +68,7 @@ timed("1")  # type: ignore[arg-type]
 try:
     ChirrOp.initialize(config)
 except ChirrOpError as exc:
-    print(exc.status_code + 1, exc.retry_after)
+    print(exc)
+letters = SqliteSpool("x", required=True).dead_letters(remove=True)
+print(letters[0]["error"], letters[0]["log"])
 status: int = chirrop.main(["demo"])

@@ -1,0 +1,3 @@
+from chirrop import main
+
+raise SystemExit(main())

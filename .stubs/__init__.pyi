@@ -1,1 +1,0 @@
-../chirrop.py
