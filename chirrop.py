@@ -14,15 +14,16 @@
 At any moment every accepted log is delivered, dropped (reported, with its reason) or still held.
 
 Outside itself this file touches, each in the one place named:
-    network   _UrllibTransport; the sandbox's server and `doctor`, when they are asked for
-    threads   _Delivery, daemons, from the first log on; the command line's progress line and the
-              sandbox's server
-    disk      SqliteSpool, when one is configured; ./.env is read for the key
-    environ   Config (CHIRROP_*); the command line's NO_COLOR, TERM and COLUMNS; what urllib
-              (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read
+    network   _UrllibTransport, for `doctor`, too; the sandbox's server, when it is asked for
+    threads   _Delivery, daemons, from the first log on; asyncio's, for aflush and aclose; the
+              command line's progress line and the sandbox's server
+    disk      SqliteSpool, when one is configured; ./.env is read for the key; `demo` has a
+              temporary folder, and one process of its own
+    environ   Config (CHIRROP_*); what urllib (proxies) and OpenSSL (CA files, SSLKEYLOGFILE) read;
+              on the command line also what argparse, shutil (COLUMNS, LINES) and tempfile do
     exit      one atexit hook and hooks around fork, installed by the import, which act on open
               clients; children of multiprocessing end past exit hooks and get a Finalize
-    logging   the logger "chirrop", to which no handler is added
+    logging   the logger "chirrop", which gets a level if Config has one, and no handler
 
 Sections, each using only what stands above it: limits, errors, Log, Config, retry policy,
 delivery, spool, transport, shapes, Client, global API; then the cut line; then sandbox and command
@@ -152,7 +153,7 @@ class ChirrOpError(Exception):
     """Base of every error of this module; `str()` is for people and never holds the key.
 
     Attributes:
-        status_code: HTTP status, 0 when there was no answer.
+        status_code: HTTP status, 0 when there was no answer that could be read.
         code: the service's own code, for programs, e.g. "QUOTA_EXCEEDED"; None where it gave none.
         body: the answer's parsed JSON; the beginning of its text, at most 4 KiB, where that is
             longer or not JSON; None for an empty answer.
@@ -184,7 +185,7 @@ class ChirrOpQueueFullError(ChirrOpError):
 
 
 class ChirrOpTransportError(ChirrOpError):
-    """No valid answer came: refused, reset, timed out, or not HTTP (status 0)."""
+    """No valid answer came: refused, reset, timed out, not HTTP, a web page, or not JSON."""
 
 
 class ChirrOpRateLimitError(ChirrOpError):
@@ -572,8 +573,9 @@ class Config(_Unpicklable):
         on_drop: called as on_drop(logs, error) with the dropped logs as dicts, in the thread that
             dropped them, which waits for it: be quick. It may log, flush and close; what it raises
             is caught and logged.
-        disabled: True checks logs, then discards them: no key, no thread, no network; None is what
-            CHIRROP_DISABLED says (1, true, yes or on disable); False sends whatever that says.
+        disabled: True checks logs, then discards them: no key, no thread, no network, but for
+            control-plane calls where api_key is given all the same; None is what CHIRROP_DISABLED
+            says (1, true, yes or on disable); False sends whatever that says.
 
     Raises:
         ChirrOpValidationError: names the setting, the rule and what was given (never the key).
@@ -640,13 +642,14 @@ class Config(_Unpicklable):
 
 
 # ---- Retry policy ---------------------------------------------------------
-# Pure functions: what an answer means, how long to wait before the next attempt, which error to
-# show. No state, no clock but the one that a Retry-After date needs, no lock.
+# What an answer means, how long to wait before the next attempt, which error to show. No state, no
+# lock; functions of their arguments alone, but for _random and the clock of a Retry-After date.
 
+# _RETRY uses up one of `retries`, _HOLD all of them; _REFUSED is final; _SPLIT halves the batch.
 _DELIVERED, _RETRY, _HOLD, _REFUSED, _SPLIT = "delivered", "retry", "hold", "refused", "split"
 
 # What an answer means, by its status, else by its hundreds; 0 is no answer at all. What neither
-# lists is final.
+# lists is _REFUSED.
 _BY_HUNDREDS = {0: _RETRY, 1: _RETRY, 2: _DELIVERED, 5: _RETRY}
 _INGEST = {
     400: _SPLIT,  # some logs of the batch are bad
@@ -706,9 +709,9 @@ class _Answer(namedtuple("_Answer", "status body headers cause url", defaults=(b
         )
 
     def _says(self, text: str) -> str:
-        """Return what to do where the service itself did not answer; else its text for people.
+        """Return the service's text for people, or what the status says where it gave none.
 
-        What the status says where the body has none.
+        Where it was not the service that answered: what to do.
         """
         if self.is_page():
             return "a web page, not the service's answer: a portal, a proxy or a wrong endpoint"
@@ -743,7 +746,7 @@ def _printable(text: str) -> str:
 
 
 def _verdict(table: Mapping[int, str], answer: _Answer) -> str:
-    """Return what an answer means to a batch or to a call of the control plane."""
+    """Return what an answer means by _INGEST or _CONTROL; a page is as good as none."""
     if answer.is_page():
         return _RETRY
     return table.get(answer.status) or _BY_HUNDREDS.get(answer.status // 100, _REFUSED)
@@ -790,17 +793,19 @@ def _unix_seconds(date: str) -> float | None:
 
 
 # ---- Delivery -------------------------------------------------------------
-# In: encoded logs, from any thread. Out: batches, through `send`, from the threads
-# "chirrop-sender"; each log ends as delivered or dropped, and no drop is silent.
+# In: encoded logs, from any thread. Out: batches, through `_send`, from the threads
+# "chirrop-sender", or from a caller that waits where there are none. Each log ends as delivered,
+# dropped or left in a spool, and no drop is silent.
 # All state is attributes of one object under one re-entrant lock, which is never held while a
-# request is under way or code of the application runs. Names that end in _locked need it held.
+# request is under way or on_drop, a log handler or a transport runs. Names that end in _locked need
+# it held; so do note, lose and the buffer's methods, but for tend, count and a put to memory.
 
-_INFO, _WARNING, _ERROR = 20, 30, 40  # the logging module's levels, without importing it
-_open: set[_Delivery] = set()  # what the exit and fork hooks act on
+_WARNING, _ERROR = 30, 40  # the logging module's levels, without importing it
+_open: set[_Delivery] = set()  # not closed, or with drops to say: for the exit and fork hooks
 _NEVER = math.inf  # a moment
 
 if TYPE_CHECKING:
-    _Found = tuple[Any, float]  # or None, and when to look again
+    _Found = tuple[Any, float]  # what was found, or None; and when to look again
     _Send = Callable[[bytes, float], "_Answer"]
     _Drop = tuple[str, "ChirrOpError"]  # reason and cause
 
@@ -818,7 +823,7 @@ class _MemoryBuffer:
 
     is_durable = False  # whether logs survive the process
     place = "memory"  # where they wait, for people
-    tended_at = look_at = 0.0
+    tended_at = look_at = 0.0  # of a spool: the last tend(); the next look for left-overs
 
     def __init__(self, spool: Any = None) -> None:
         self.spool = spool
@@ -839,7 +844,7 @@ class _MemoryBuffer:
         into.extend(itertools.islice(iter(self.waiting.get_nowait, None), most))
 
     def settle(self, logs: list[bytes], error: str) -> None:
-        """Let go of logs that were delivered, or dropped with an error."""
+        """Let go of logs, neighbours in a batch, that were delivered, or dropped with an error."""
 
     def tend_at(self) -> float:
         """Return when tend() is to be called."""
@@ -866,13 +871,13 @@ class Stats(namedtuple("Stats", "accepted delivered dropped queued in_flight ret
         delivered: the server has them.
         dropped: reason to count: "rejected" (400, 413, 422, alone), "undecided" (in a batch so bad
             that the search for the bad ones was given up), "refused" (401, 403, 404, 3xx and other
-            final answers), "exhausted" (with on_exhausted="drop"), "closed" (not sent before close
-            or exit, or logged after), "damaged" (in a spool file that was moved aside), "invalid"
-            and "full" (try_log).
+            final answers; held with a spool, unless on_exhausted="drop"), "exhausted" (with
+            on_exhausted="drop"), "closed" (not sent before close or exit, or logged after),
+            "damaged" (in a spool file that was moved aside), "invalid" and "full" (try_log).
         queued: waiting, for their turn or for another attempt.
-        in_flight: in a request that is under way.
-        retries: requests that were repeated.
-        last_error: the newest failure, a ChirrOpError, or None.
+        in_flight: in a batch of which a request is under way.
+        retries: attempts that repeated a request; those of send_logs are not counted.
+        last_error: of the newest failure or drop, a ChirrOpError; None if there was none.
     """
 
     accepted: int
@@ -885,7 +890,7 @@ class Stats(namedtuple("Stats", "accepted delivered dropped queued in_flight ret
 
 
 class _Batch:
-    """Logs that left the buffer together; its sender owns them until each is settled."""
+    """Logs that left the buffer together: their sender's until each is settled, or that ends."""
 
     under_way = True
     number = 0  # of its newest attempt, among all of the client
@@ -927,7 +932,7 @@ class _Delivery:
     ) -> None:
         self._buffer, self._send, self._config, self._release = buffer, send, config, release
         self._rand = _random
-        # Waiting logs that are sent at once; of a bounded queue half, so that it never runs dry.
+        # So many waiting logs start a send: a bounded queue's half at most, or it would run dry.
         self._full = min(config.batch_size, (config.queue_size + 1) // 2 or config.batch_size)
         self._lock = threading.RLock()
         self._owner_test = threading.Condition(self._lock)  # see _await
@@ -937,12 +942,11 @@ class _Delivery:
         if not buffer.is_durable and not self._limit:  # one call of C, without the lock
             self._put, self._count = buffer.waiting.put, buffer.waiting.qsize
         # put() wakes a sender when as many logs as this wait: 1 while one is idle or there is none,
-        # a batch while one gives logs their time to gather, inf while none sleeps.
+        # _full while one gives logs their time to gather, inf while none sleeps, 0 after close().
         self._wake_at = 1.0
         self._bells: set[queue.SimpleQueue[None]] = set()  # one of each thread that waits
-        self._delivering: set[int] = set()  # threads
+        self._telling: set[int] = set()  # threads in on_drop or a log handler
         self._senders: list[threading.Thread] = []  # in the order of their start
-        self._start_at = 0.0  # no thread is started before
         self._batches: list[_Batch] = []
         self._flushes: list[_Flush] = []
         self._due_at = _NEVER  # when the first log that waits has had its flush_delay
@@ -970,6 +974,7 @@ class _Delivery:
             self._wake()
 
     def _put_or_wait(self, body: bytes) -> None:
+        """Queue a log under the lock; only a bounded queue that is full is waited for."""
         if not self._put_if_room(body):
             self._wake()
             deadline = _now() + self._config.timeout
@@ -977,6 +982,7 @@ class _Delivery:
                 raise ChirrOpQueueFullError(f"{self._limit} logs wait: there was no room in time")
 
     def _put_if_room(self, body: bytes) -> bool | None:
+        """Queue a log, or return None; a closed client has room, and _wake() drops the log."""
         with self._lock:
             if self._limit and self._held_locked() >= self._limit and not self._closed:
                 return None
@@ -984,7 +990,7 @@ class _Delivery:
             return True
 
     def refuse(self, reason: str, logs: list[bytes], error: ChirrOpError) -> None:
-        """Count logs that cannot be taken as accepted and dropped, and report them."""
+        """Count logs that never came to the buffer, as accepted and dropped; report them."""
         with self._lock:
             self._drop_locked(logs, (reason, error))
         self._tell()
@@ -1010,8 +1016,8 @@ class _Delivery:
     def _wait(self, look: Callable[[], _Found], deadline: float = _NEVER) -> Any:
         """Return what `look` finds; None at the deadline.
 
-        `look` is called with the lock held, after each change of state and at the moment for which
-        it asks: it returns what it found, or None and that moment.
+        `look` is called with the lock held, after each ring and at the moment for which it asks: it
+        returns what it found, or None and that moment.
         """
         bell = queue.SimpleQueue[None]()
         try:
@@ -1043,7 +1049,8 @@ class _Delivery:
             self._owner_test.notify(0)  # raises for all but the lock's owner
             deadline = 0.0
         except RuntimeError:
-            if threading.get_ident() in self._delivering:
+            is_sender = threading.current_thread() in self._senders
+            if is_sender or threading.get_ident() in self._telling:
                 deadline = 0.0
 
         def look_or_help() -> _Found:
@@ -1057,7 +1064,7 @@ class _Delivery:
         return found
 
     def _wake(self) -> None:
-        """Wake whoever sleeps, and see to it that there is a sender."""
+        """Wake whoever sleeps, see to it that there is a sender; drop what came after close()."""
         with self._lock:
             if self._closed:  # put while close() swept, or after
                 late = self._buffer.close([])
@@ -1074,16 +1081,15 @@ class _Delivery:
     # Senders.
 
     def _start_locked(self) -> None:
-        """Start one more sender, if a thread can be had."""
+        """Start one more sender, if a thread can be had; the first sees to a child's end, too."""
         if not self._begun:
             _close_in_child()
-        if _now() >= self._start_at:
-            try:
-                sender = threading.Thread(target=self._run, name="chirrop-sender", daemon=True)
-                sender.start()
-                self._senders.append(sender)
-            except RuntimeError:  # 3.12 at exit, a subinterpreter, Pyodide, too many threads
-                self._start_at = _now() + 1.0
+        try:
+            sender = threading.Thread(target=self._run, name="chirrop-sender", daemon=True)
+            sender.start()
+            self._senders.append(sender)
+        except RuntimeError:  # 3.12 at exit, a subinterpreter, Pyodide, too many threads
+            pass
 
     def _run(self) -> None:
         """Do one task after another, in a sender's thread."""
@@ -1111,7 +1117,7 @@ class _Delivery:
         return (False if is_spare or is_over else task), moment
 
     def _task_locked(self, deadline: float) -> _Found:
-        """Return the next thing to do: one attempt, for as long as `deadline`, or to tend a spool.
+        """Return the next thing to do: one attempt, over by `deadline`, or to tend a spool.
 
         Else None, and when to look again.
         """
@@ -1119,11 +1125,11 @@ class _Delivery:
         tend_at = self._buffer.tend_at()
         if self._stopped:
             return None, _NEVER
-        if now >= tend_at:  # also in an outage, when nobody else would
+        if now >= tend_at:  # before any pause: in an outage, too
             self._buffer.tended_at = now
             return self._tend, now
         mine = [
-            batch  # its own, or one whose sender was interrupted
+            batch  # its own, or one whose sender has ended or was interrupted
             for batch in self._batches
             if batch.sender is sender or not (batch.under_way or batch.sender in self._senders)
         ]
@@ -1155,11 +1161,11 @@ class _Delivery:
         self._taken += len(batch.logs)
         self._due_at = now + self._config.flush_delay  # of those that come from now on
         self._wake_at = _NEVER if self._senders else 1
-        self._ring_locked()  # whoever sleeps looks again, and so is woken by the next log
+        self._ring_locked()  # whoever sleeps looks again, which has the next log wake it
         return batch
 
     def _tend(self, deadline: float = _NEVER) -> None:
-        """Let the spool take over left-overs and write its log back; what it lost is told."""
+        """Have the spool write its -wal back and take over left-overs; tell of what it lost."""
         while self._buffer.tend() and _now() < deadline:
             pass
         self._tell()
@@ -1168,8 +1174,6 @@ class _Delivery:
 
     def _attempt(self, batch: _Batch, deadline: float) -> None:
         """Send a batch, or the part of it that is next, once."""
-        thread = threading.get_ident()
-        self._delivering.add(thread)
         try:
             with self._lock:
                 size = batch.parts[-1] if batch.parts else len(batch.logs)
@@ -1187,7 +1191,6 @@ class _Delivery:
             self._tell()
         finally:
             batch.under_way = False
-            self._delivering.discard(thread)
 
     def _judge_locked(self, batch: _Batch, size: int, answer: _Answer) -> None:
         """Settle the logs of a request by its answer, or leave them for another attempt."""
@@ -1195,8 +1198,6 @@ class _Delivery:
         if verdict == _DELIVERED:
             self._delivered += size
             self._settle_locked(batch, size)
-            if self._quiet.pop("held", None):
-                self._notes.append((_INFO, "logs are accepted again"))
             is_behind = self._count() >= self._full
             if is_behind and len(self._senders) < self._config.max_senders:
                 self._start_locked()
@@ -1238,6 +1239,7 @@ class _Delivery:
         if is_hopeless or (is_exhausted and self._config.on_exhausted == "drop"):
             self._settle_locked(batch, size, (reason, error))
             return
+        # 99: the longest pause.
         pause = _backoff(99 if is_exhausted else batch.attempts, error.retry_after, self._rand)
         self._resume_at = max(self._resume_at, _now() + pause)
         for flush in self._flushes:
@@ -1251,7 +1253,7 @@ class _Delivery:
     # Drops and log records.
 
     def _drop_locked(self, logs: list[bytes], drop: _Drop) -> None:
-        """Count logs as dropped; the thread says so with _tell() when it has left the lock."""
+        """Count logs as dropped; this thread must call _tell() when it has left the lock."""
         if logs:
             reason, error = drop
             self._last_error = error
@@ -1262,7 +1264,7 @@ class _Delivery:
             _open.add(self)  # so that the exit says what is not said by then
 
     def lose(self, count: int, text: str) -> None:
-        """Drop what was in a damaged spool file; nobody knows any more what it was."""
+        """Drop what was in a damaged spool file, as empty logs; the lock is held."""
         self._drop_locked([b"{}"] * count, ("damaged", ChirrOpError(text)))
         self.note(text)
 
@@ -1272,6 +1274,7 @@ class _Delivery:
             self._notes.append((_WARNING, text))
 
     def _is_due_locked(self, kind: str) -> bool:
+        """Tell whether a record of this kind may be written now; if so, no other for a minute."""
         now = _now()
         if now < self._quiet.get(kind, now):
             return False
@@ -1285,31 +1288,37 @@ class _Delivery:
         application's code runs, and what that raises stays here.
         """
         thread, on_drop = threading.get_ident(), self._config.on_drop
-        with self._lock:
-            drops = [drop for drop in self._untold if is_last or drop[0] == thread]
-            self._untold = [drop for drop in self._untold if drop not in drops]
-        for _, logs, error in drops:
-            try:
-                if on_drop is not None:
-                    on_drop([json.loads(log) for log in logs], error)
-            except Exception as exc:
-                with self._lock:
-                    self.note(f"on_drop raised {_show(exc)}", "on_drop")
-        with self._lock:
-            self._sum_up_locked(is_last)
-            notes, self._notes = self._notes, []
-        for level, text in notes:
-            import logging
+        if thread in self._telling:  # what on_drop itself drops is told with the next
+            return
+        self._telling.add(thread)
+        try:
+            with self._lock:
+                drops = [drop for drop in self._untold if is_last or drop[0] == thread]
+                self._untold = [drop for drop in self._untold if drop not in drops]
+            for _, logs, error in drops:
+                try:
+                    if on_drop is not None:
+                        on_drop([json.loads(log) for log in logs], error)
+                except Exception as exc:
+                    with self._lock:
+                        self.note(f"on_drop raised {_show(exc)}", "on_drop")
+            with self._lock:
+                self._sum_up_locked(is_last)
+                notes, self._notes = self._notes, []
+            for level, text in notes:
+                import logging
 
-            logger = logging.getLogger("chirrop")
-            logger.setLevel(self._config.log_level or logger.level)
-            try:
-                logger.log(level, "%s", text)
-            except Exception:
-                pass  # a handler or filter of the application's
+                logger = logging.getLogger("chirrop")
+                logger.setLevel(self._config.log_level or logger.level)
+                try:
+                    logger.log(level, "%s", text)
+                except Exception:
+                    pass  # a handler or filter of the application's
+        finally:
+            self._telling.discard(thread)
 
     def _sum_up_locked(self, is_last: bool) -> None:
-        """Note drops as records: the first of a reason at once, then one sum a minute."""
+        """Note drops as records: the first of a reason at once, then one sum a minute at most."""
         for reason, (count, first) in list(self._unsaid.items()):
             if is_last or self._is_due_locked(reason):
                 del self._unsaid[reason]
@@ -1389,7 +1398,7 @@ class _Delivery:
         _open.discard(self)
 
     def abandon(self) -> None:
-        """Have a client end that was collected unclosed, when what it has is sent."""
+        """Have a client that was collected unclosed end when what it has is sent."""
         with self._lock:
             self._closing = self._abandoned = True
             self._ring_locked()
@@ -1399,14 +1408,18 @@ class _Delivery:
 
 
 def _close_all() -> None:
-    """Send what all open clients have, at the end of the process: within one exit_timeout."""
-    clients = list(_open)
-    deadline = _now() + max((client._config.exit_timeout for client in clients), default=0.0)
-    for client in clients:  # all at once
-        client._closing = True
-        client.flush(0)
-    for client in clients:
-        client.close(max(0.0, deadline - _now()))
+    """Send what all open clients have, at the end of the process: in their longest exit_timeout."""
+    found = list(_open)
+    deadline = _now() + max((delivery._config.exit_timeout for delivery in found), default=0.0)
+    try:
+        for delivery in found:  # all at once
+            delivery._closing = True
+            delivery.flush(0)
+        for delivery in found:
+            delivery.close(max(0.0, deadline - _now()))
+    finally:  # where Ctrl-C ends the wait, what is dropped is told all the same
+        for delivery in found:
+            delivery.close(0)
 
 
 def _close_in_child() -> None:
@@ -1419,26 +1432,27 @@ def _close_in_child() -> None:
 
 
 def _before_fork() -> None:
-    """Wait until no thread is inside a lock, and so none within SQLite: 5 s at most."""
+    """Take the lock of each client, so that no thread is within SQLite: in 5 s at most."""
     deadline = _now() + 5.0
-    for client in list(_open):
-        client._lock.acquire(timeout=max(0.0, deadline - _now()))
+    for delivery in list(_open):
+        delivery._lock.acquire(timeout=max(0.0, deadline - _now()))
 
 
 def _after_fork() -> None:
-    for client in list(_open):
+    """Give the locks back, in the parent."""
+    for delivery in list(_open):
         try:
-            client._lock.release()
+            delivery._lock.release()
         except RuntimeError:  # it could not be had in time
             pass
 
 
 def _after_fork_in_child() -> None:
-    """Start empty: the parent has its logs, threads, connections and files."""
-    for client in list(_open):
-        buffer = client._buffer
+    """Start empty, with a new lock: the parent has its logs, threads, connections and files."""
+    for old in list(_open):
+        buffer = old._buffer
         fresh = type(buffer)(buffer.spool)
-        _Delivery.__init__(client, fresh, client._send, client._config, client._release)
+        _Delivery.__init__(old, fresh, old._send, old._config, old._release)
 
 
 atexit.register(_close_all)
@@ -1450,13 +1464,14 @@ if hasattr(os, "register_at_fork"):
 
 # ---- Spool ----------------------------------------------------------------
 # The other buffer: rows of an SQLite file that one client has locked for itself. In: encoded logs,
-# on disk when `put` returns. Out: the oldest of them; a row is deleted when its log is settled.
-# All under the delivery's lock, but for the sync before a checkpoint.
+# on disk when `put` returns, unless no file can be used. Out: the oldest of them; a row is deleted
+# when its log is settled. All under the delivery's lock, and within that _files_lock, but for the
+# sync before a checkpoint and dead_letters().
 
 _SPOOL_ID = b"ChRp"  # application_id of our files, by which they are known
-_SPOOL_VERSION = 3  # user_version; 2 had dead letters as rows, which get one more attempt
-# REPLACE, for an earlier call may have been interrupted when its row was there, but not counted:
-# what it raised says that its log was not taken.
+_SPOOL_VERSION = 3  # user_version; a file with a higher one is refused
+# REPLACE, for insert() may have been interrupted when its rows were there, but not counted: what
+# they hold is still in memory, or in the left-over file, and is inserted again.
 _SQL_INSERT = "INSERT OR REPLACE INTO logs (id, body) VALUES (?, ?)"
 _SQL_SELECT = "SELECT id, body FROM logs WHERE id > ? ORDER BY id LIMIT ?"
 _SQL_DELETE = "DELETE FROM logs WHERE id BETWEEN ? AND ?"
@@ -1519,7 +1534,7 @@ class _SpoolFile:
 
 
 def _claim(path: str, spool: SqliteSpool, create: bool = False) -> _SpoolFile | None:
-    """Return a file of ours, locked; None if somebody else has it or it is not there.
+    """Return a file of ours, locked; None if anybody has it, we included, or it is not there.
 
     Raises:
         OSError, sqlite3.Error: it cannot be used.
@@ -1553,6 +1568,7 @@ def _claim(path: str, spool: SqliteSpool, create: bool = False) -> _SpoolFile | 
 
 
 def _identity(path: str) -> _Key | None:
+    """Return device and inode of a regular file of this user's; None where nothing is."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -1574,7 +1590,7 @@ def _check_is_ours(path: str) -> None:
 
 
 def _prepare(file: _SpoolFile, spool: SqliteSpool) -> None:
-    """Lock the file, make the table where it is missing, set the ways of the connection."""
+    """Lock the file, make the table where it is missing, set up the connection."""
     pages = spool.max_bytes // _PAGE_BYTES
     for statement in (
         f"PRAGMA page_size = {_PAGE_BYTES}",
@@ -1596,8 +1612,8 @@ class SqliteSpool(_Unpicklable):
     """Keep logs in SQLite files until the server has taken them: a log survives its process.
 
     When `log()` returns, the log is committed (WAL mode): `kill -9` loses nothing, and the next
-    client on this path sends what is left, under the same log_ids. Logs dropped for good are kept
-    as dead letters, in PATH.dead.jsonl.
+    client on this path sends what is left, under the same log_ids. Logs that it took and that are
+    dropped for good are kept as dead letters, in PATH.dead.jsonl.
 
     Each client writes to a file of its own, the first of PATH, PATH.2, PATH.3 … that nobody has
     locked, so any number of processes may share a path on a local disk, and none waits for
@@ -1617,7 +1633,7 @@ class SqliteSpool(_Unpicklable):
             0 is no limit. At the limit `log()` raises ChirrOpQueueFullError and further dead
             letters are only reported. The -wal beside the file adds some 10 MB.
         synchronous: "NORMAL" or "FULL".
-        required: raise in the constructor of the client if the path cannot be used now.
+        required: the client's constructor raises ChirrOpError if the path cannot be used then.
 
     Raises:
         ChirrOpValidationError: a bad argument.
@@ -1646,10 +1662,13 @@ class SqliteSpool(_Unpicklable):
         """Return the logs that were dropped for good: [{"error": text, "log": {…}}, …].
 
         They are the lines of PATH.dead.jsonl, which anybody may read at any time. Nothing sends
-        them again by itself.
+        them again by itself. Any thread; blocks while the file is read, and holds all of it.
 
         Args:
             remove: take them out of the way: the file is gone when this returns.
+
+        Raises:
+            OSError: there is a file, but it cannot be read or removed.
         """
         path = self._dead_letters
         try:
@@ -1662,12 +1681,19 @@ class SqliteSpool(_Unpicklable):
                 os.unlink(path)
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        letters = []
+        for line in lines:
+            try:
+                letters.append(json.loads(line))
+            except ValueError:  # blank, or cut short by a full disk
+                pass
+        return letters
 
     def _bury(self, logs: list[bytes], error: str) -> None:
         """Append dead letters, in one write; raises OSError."""
         text = json.dumps(error).encode()
-        lines = b"".join(b'{"error": %b, "log": %b}\n' % (text, log) for log in logs)
+        # The newline comes first: it ends what a full disk has cut short.
+        lines = b"".join(b'\n{"error": %b, "log": %b}' % (text, log) for log in logs)
         opener = functools.partial(os.open, mode=0o600)
         with open(self._dead_letters, "ab", 0, opener=opener) as file:
             if not self.max_bytes or file.tell() + len(lines) <= self.max_bytes:
@@ -1675,11 +1701,10 @@ class SqliteSpool(_Unpicklable):
 
     def _files(self) -> list[str]:
         """Return the paths of all files of this spool that there are."""
-        import glob
-
-        ending = re.compile(r"(\.[0-9]+)?")
-        found = glob.glob(glob.escape(self.path) + "*")
-        return sorted(path for path in found if ending.fullmatch(path.removeprefix(self.path)))
+        folder, name = os.path.split(self.path)
+        ours = re.compile(re.escape(name) + r"(\.[0-9]+)?")
+        names = filter(ours.fullmatch, os.listdir(folder))
+        return sorted(os.path.join(folder, name) for name in names)
 
 
 class _SpoolBuffer(_MemoryBuffer):
@@ -1687,9 +1712,9 @@ class _SpoolBuffer(_MemoryBuffer):
 
     is_durable = True
     _file: Any = None  # a _SpoolFile
-    _last = _taken = 0  # ids of the last row that was written, and taken
-    _written = 0  # statements since the last checkpoint
-    _retry_at = 0.0  # when a file that failed is tried again
+    _last = _taken = 0  # ids of rows, no counts: of the last that was written, and taken
+    _written = 0  # statements since the last checkpoint, and rows taken over
+    _retry_at = 0.0  # when a file that failed is tried again; never, once closed
 
     def __init__(self, spool: SqliteSpool) -> None:
         super().__init__(spool)
@@ -1702,7 +1727,7 @@ class _SpoolBuffer(_MemoryBuffer):
             raise ChirrOpError(f"cannot use the spool: {self._trouble}")
 
     def count(self) -> int:
-        """Return how many logs wait; where rows were removed by hand, at most."""
+        """Return how many logs wait; at most, where others removed rows or calls left holes."""
         return self._last - self._taken + self.waiting.qsize()
 
     def put(self, body: bytes) -> None:
@@ -1743,7 +1768,7 @@ class _SpoolBuffer(_MemoryBuffer):
             if error:
                 self.spool._bury(logs, error)
             if rows:  # a batch has all rows that there are between its first and its last
-                rows[0].file.execute(_SQL_DELETE, (rows[0].id, rows[-1].id))
+                self._file.execute(_SQL_DELETE, (rows[0].id, rows[-1].id))
                 self._written += 1
         except self._errors as exc:
             self._fail(exc)
@@ -1751,6 +1776,7 @@ class _SpoolBuffer(_MemoryBuffer):
     # The file.
 
     def _has(self, log: bytes) -> bool:
+        """Tell whether a log is a row of the file that is open now."""
         return isinstance(log, _Row) and log.file is self._file
 
     def _open(self) -> bool:
@@ -1760,10 +1786,11 @@ class _SpoolBuffer(_MemoryBuffer):
         while not self._file and _now() >= self._retry_at:
             self.place = path
             try:
-                self._file = _claim(path, self.spool, create=True)
-                if self._file:
-                    self._last = self._file.number("SELECT max(id) FROM logs")
-                    self._taken = self._file.number("SELECT min(id) - 1 FROM logs")
+                file = _claim(path, self.spool, create=True)
+                if file and not self._file:  # a log() that interrupts this may have opened one
+                    self._last = file.number("SELECT max(id) FROM logs")
+                    self._taken = file.number("SELECT min(id) - 1 FROM logs")
+                    self._file = file
                 path = f"{self.spool.path}.{next(numbers)}"
             except self._errors as exc:
                 self._fail(exc)
@@ -1790,7 +1817,7 @@ class _SpoolBuffer(_MemoryBuffer):
         except OSError as trouble:
             self._fail(trouble)
 
-    # What senders do for it now and then.
+    # What senders, and flush(), do for it now and then.
 
     def tend_at(self) -> float:
         """Return when to tend: soon after a change, else every few seconds."""
@@ -1799,7 +1826,7 @@ class _SpoolBuffer(_MemoryBuffer):
         return self.tended_at + (1.0 if self._written else 5.0)
 
     def tend(self) -> bool:
-        """Write memory and -wal back, take over left-overs; True if there are more of them."""
+        """Without the lock: write memory and -wal back, take over left-overs; True if more."""
         is_drained = self._last == self._taken
         is_due = self._written >= (1 if is_drained else _CHECKPOINT_AFTER)
         if is_due:
@@ -1841,8 +1868,9 @@ class _SpoolBuffer(_MemoryBuffer):
         try:
             if rows:
                 # Committed here first: a crash in between sends some twice, under the same log_id.
-                self._file.insert(self._last + 1, [body for _, body in rows])
-                self._last += len(rows)
+                first = self._last + 1
+                self._last += len(rows)  # first: a log() that interrupts this comes behind
+                self._file.insert(first, [body for _, body in rows])
                 self._written += len(rows)
                 source.execute(_SQL_DELETE, (rows[0][0], rows[-1][0]))
         finally:
@@ -1850,7 +1878,7 @@ class _SpoolBuffer(_MemoryBuffer):
         return True
 
     def _left_over(self) -> tuple[Any, list[Any]]:
-        """Return a file that nobody has, locked, and its first rows."""
+        """Return a file that nobody has, locked, and its first rows; or None and []."""
         for path in self.spool._files():
             source = None
             try:
@@ -1896,8 +1924,9 @@ class _SpoolBuffer(_MemoryBuffer):
 
 
 # ---- Transport ------------------------------------------------------------
-# In: one request. Out: (status, body, headers) of any status, or an OSError. One attempt, no
-# retries, from any number of threads, no lock. The key travels in the headers of this section.
+# In: one request. Out: (status, body, headers) of any status, or an OSError; of _Link an _Answer.
+# One attempt, but for a kept connection that turns out to be dead; from any number of threads, no
+# lock. The key goes out here alone, in a header, and is masked in headers and errors that return.
 
 
 class _UrllibTransport:
@@ -1905,8 +1934,9 @@ class _UrllibTransport:
 
     urllib closes every connection after one answer; the handler in this opener keeps them, one for
     each request that was under way at once, and hands urllib a real response. Proxies come from
-    the environment. There is no handler for redirects, files or FTP. A request with the header
-    `Connection: close` gets a connection of its own, never a kept one: its fate must be clear.
+    the environment, else from the settings of Windows or macOS. There is no handler for redirects,
+    files or FTP. A request with the header `Connection: close`, one that is not repeatable, gets a
+    connection of its own, never a kept one: its fate must be clear.
     """
 
     _closed = False
@@ -1996,7 +2026,7 @@ class _UrllibTransport:
         return content
 
     def _connect(self, request: Any) -> Any:
-        """Return a new connection. Dead addresses of a name take `timeout` together, no more."""
+        """Return a new connection. A name's addresses have an equal part of `timeout` each."""
         import http.client
         import socket
 
@@ -2016,7 +2046,8 @@ class _UrllibTransport:
             return connection
         except Exception as exc:
             connection.close()
-            raise ConnectionRefusedError(f"cannot connect to {request.host}: {exc}") from exc
+            failure = ConnectionRefusedError(f"cannot connect to {request.host}: {exc}")
+            raise failure from exc.with_traceback(None)  # which holds the socket
 
     def _kept(self, request: Any) -> Any:
         """Return a kept connection that looks alive, or None."""
@@ -2327,12 +2358,12 @@ class Client(_Unpicklable):
     # Events.
 
     def log(self, entry: Log, *misplaced: NoReturn) -> None:
-        """Queue one log for sending and return at once; the network is never touched here.
+        """Queue one log for sending and return at once; the network is not touched here.
 
         POST /v1.0/logs, later, from a sender thread. May be called from any thread, signal handler,
         finaliser or logging handler. With a spool the log is on disk when this returns. With a
-        bounded queue that is full it waits up to `Config.timeout` seconds for room. After close()
-        the log is dropped and reported.
+        bounded queue that is full it waits up to `Config.timeout` seconds for room, and where no
+        thread can be had it sends. After close() the log is dropped and reported.
 
         Args:
             entry: a Log, and nothing else.
@@ -2404,7 +2435,8 @@ class Client(_Unpicklable):
         """Flush, end the threads, close the connections; drop and report what is logged later.
 
         What could not be sent stays in the spool, or is dropped and reported ("closed"). Blocks
-        like flush; from on_drop it does not wait. Calling it again does nothing. Any thread.
+        like flush, and until no on_drop is under way; from on_drop it does not wait. Calling it
+        again does nothing. Any thread.
 
         Args:
             timeout: seconds for the flush, 0 to 86,400; None is `Config.exit_timeout` with a spool,
@@ -2421,13 +2453,13 @@ class Client(_Unpicklable):
     shutdown = close
 
     async def aflush(self, timeout: float | None = None) -> bool:
-        """Await flush() in a worker thread; cancelling the await leaves the logs queued."""
+        """Await flush() in asyncio's worker thread; cancelling the await leaves the logs queued."""
         import asyncio
 
         return await asyncio.to_thread(self.flush, timeout)
 
     async def aclose(self, timeout: float | None = None) -> bool:
-        """Await close() in a worker thread; cancelling the await does not stop the closing."""
+        """Await close() in asyncio's worker thread; cancelling the await does not stop closing."""
         import asyncio
 
         return await asyncio.to_thread(self.close, timeout)
@@ -2436,7 +2468,8 @@ class Client(_Unpicklable):
         """Deliver logs now, in this thread, past the queue and the spool.
 
         POST /v1.0/logs, at most 250 per request. Blocks through up to `Config.retries` repeated
-        attempts per request; a Retry-After of more than 30 s is not waited for, but raised.
+        attempts per request; a Retry-After of more than 30 s is not waited for, but raised. A
+        disabled client discards them.
 
         Args:
             entries: Logs, or one. When a request fails, the ones before it were delivered and the
@@ -2589,7 +2622,7 @@ class Client(_Unpicklable):
                 status; not repeated.
             ChirrOpRateLimitError, ChirrOpServerError, ChirrOpTransportError: all attempts failed,
                 or one may not be repeated, or the server asks to wait for more than 30 s.
-            ChirrOpError: the client is disabled.
+            ChirrOpError: the client is disabled and was given no api_key.
         """
         if not self.config.api_key:
             raise ChirrOpError("the client is disabled and has no key: see CHIRROP_DISABLED")
@@ -2708,7 +2741,7 @@ class Client(_Unpicklable):
     def iter_event_logs(
         self, event_id: str, period: Period, page_size: int = 100
     ) -> Iterator[Rollup]:
-        """Yield all of an event's rollups, `page_size` to a request; see get_event_logs."""
+        """Yield all of an event's rollups, `page_size`, from 1, to a call of get_event_logs."""
         return _pages(lambda offset: self.get_event_logs(event_id, period, page_size, offset))
 
     def get_event_analytics(
@@ -2804,7 +2837,7 @@ class Client(_Unpicklable):
     def iter_alert_deliveries(
         self, alert_id: str, kind: DeliveryKind | None = None, page_size: int = 100
     ) -> Iterator[Delivery]:
-        """Yield all deliveries of an alert, `page_size` to a request; see get_alert_deliveries."""
+        """Yield all deliveries of an alert, `page_size`, from 1, to a get_alert_deliveries."""
         return _pages(
             lambda offset: self.get_alert_deliveries(alert_id, page_size, offset, kind=kind)
         )
@@ -3504,17 +3537,14 @@ def _say(what: object) -> None:
 
 def _client(args: Any, **fields: Any) -> Client:
     """Return a client whose failures are told by the commands, and not by log records."""
-    retries = args.retries
-    client = new_client(retries=retries, servicer_retries=retries, log_level="CRITICAL", **fields)
-    if client.config.disabled:
-        _say("CHIRROP_DISABLED is set: logs are discarded")
-    return client
+    fields |= {"retries": args.retries, "servicer_retries": args.retries, "log_level": "CRITICAL"}
+    return new_client(disabled=False, **fields)  # whatever CHIRROP_DISABLED says
 
 
 def _event_of(client: Client, args: Any) -> Event:
     event = client.find_event(args.event, args.agent)
     if event is None:
-        raise ChirrOpError("there is no such event of this agent; `chirrop events` lists them")
+        raise ChirrOpError("no such event, or none without --agent: `chirrop events` lists them")
     return event
 
 
@@ -3608,7 +3638,7 @@ def _deliver(client: Client, logs: Iterable[Log], spool: str | None = None) -> b
         _say(stats.last_error)
     if stats.queued:
         _say(f"{stats.queued:,} logs are safe in {spool}, for its next client or `chirrop drain`")
-    return clean and not client.config.disabled
+    return clean
 
 
 def _log_of(fields: Any, id_from: list[str] | None) -> Log:
@@ -3626,7 +3656,7 @@ def _log_of(fields: Any, id_from: list[str] | None) -> Log:
             raise ChirrOpValidationError(f"log_id cannot be made: no {' or '.join(id_from)}")
         text = _encode_json("log_id", parts).decode()
         fields["log_id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, text))
-    return Log(**fields)
+    return Log(**{"value": 1, **fields})
 
 
 def _cmd_log(args: Any) -> int:
@@ -3635,7 +3665,7 @@ def _cmd_log(args: Any) -> int:
         if len(fields) > 1 or args.spool:
             raise ChirrOpValidationError("`log -` reads whole logs: it takes only --id-from")
         return _log_lines(args)
-    entry = _log_of({"value": 1, **fields}, args.id_from)
+    entry = _log_of(fields, args.id_from)
     clean = _deliver(_client(args, spool=args.spool), [entry], args.spool)
     line = f"{'delivered' if clean else 'not delivered:'} {entry.log_id}"
     return _result(args, entry.to_dict(), [line], not clean)
@@ -3648,7 +3678,7 @@ def _log_lines(args: Any) -> int:
     def read() -> Iterator[Log]:
         for number, line in enumerate(sys.stdin.buffer, 1):
             counts["lines"] = number
-            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise ChirrOpError("UTF-16, as PowerShell's > writes it, is not read: write UTF-8")
             try:
                 if line.strip():
@@ -3778,7 +3808,6 @@ def _cmd_demo(args: Any) -> int:
         "api_endpoint": DEFAULT_API_ENDPOINT,
         "servicer_endpoint": DEFAULT_SERVICER_ENDPOINT,
         "transport": sandbox,
-        "disabled": False,  # whatever CHIRROP_DISABLED says: nothing leaves this computer
     }
     client = _client(args, **fields)
 
