@@ -2134,6 +2134,7 @@ while True:
 
 @unittest.skipUnless(hasattr(signal, "setitimer"), "no timers here")
 @unittest.skipIf(sys.version_info < (3, 10), "3.9 can lose a lock between `with` and __exit__")
+@unittest.skipIf("coverage" in sys.modules, "a signal in its tracer leaves its lock locked")
 class RealSignalTest(ProcessTestCase):
     """Ctrl-C, and the TimeoutError of a task's time limit; whatever it hits, the client goes on."""
 
