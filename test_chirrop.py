@@ -2209,6 +2209,7 @@ class RealSignalTest(ProcessTestCase):
 class HostTest(ProcessTestCase):
     """What programs that run their users' code do to a process, without those programs."""
 
+    @unittest.skipIf("coverage" in sys.modules, "coverage does not start in a subinterpreter")
     def test_a_subinterpreter_delivers_by_flush_and_at_its_end(self):
         """Without ssl, which crashes CPython 3.12 itself at a subinterpreter's end."""
         if not any(map(importlib.util.find_spec, ("_interpreters", "_xxsubinterpreters"))):
