@@ -833,9 +833,11 @@ class _MemoryBuffer:
         """Get to know the lock, and whom to tell of trouble."""
 
     def put(self, body: bytes) -> None:
+        """Add a log behind the others."""
         self.waiting.put(body)
 
     def count(self) -> int:
+        """Return how many logs wait."""
         return self.waiting.qsize()
 
     def take(self, most: int, into: list[bytes]) -> None:
@@ -1731,6 +1733,7 @@ class _SpoolBuffer(_MemoryBuffer):
         return self._last - self._taken + self.waiting.qsize()
 
     def put(self, body: bytes) -> None:
+        """Write a row; keep the log in memory where that cannot be done."""
         if self.waiting.empty() and (self._file or self._open()):
             try:
                 self._last += 1  # first: a call that is interrupted leaves a hole
